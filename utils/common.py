@@ -1,0 +1,100 @@
+"""Small pieces every room uses: the user-facing error, atomic writes, nearest-name hints and the command-line wrapper.
+
+Leaves logging to `utils.logging_utils` and configuration to `utils.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds `utils/`, `datasets/`, `configs/` and the entry scripts."""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message names the file, line or key, the value, the rule and the remedy.
+
+    Entry scripts print it as one `error: ...` line and exit with status 2, without a traceback.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most similar to `name`, or None when nothing is close.
+
+    >>> nearest("learning_rat", ["learning_rate", "fps"])
+    'learning_rate'
+    """
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+@contextmanager
+def atomic_open(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path` for writing; on success sync it and rename it over `path`.
+
+    A reader sees the old file or the whole new one, never half of it. On any error the temporary file is removed.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_open(path) as handle:
+        json.dump(value, handle, indent=2, ensure_ascii=False)
+        handle.write("\n")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (CPU and CUDA)."""
+    import torch  # imported here so that the light rooms stay importable in milliseconds
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command-line `main` and exit with its status (None means 0).
+
+    A `UserError` becomes one line on standard error and status 2, a full disk names the path, Ctrl-C is status 130.
+    Everything else keeps its traceback: it is a fault of the program, and the traceback is what a report needs.
+    """
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output folder"
+        print(f"error: no space left on the disk that holds {where}; free some space and run again", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
