@@ -1,0 +1,170 @@
+"""Annotation rows -> samples the model trains on or answers.
+
+Owns which row asks and answers what, and what happens to a video that cannot be read. Decoding is `utils.video`,
+rows are `utils.rows`, tokens are `datasets.encoding`, batches are `datasets.collate_fns`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datasets.encoding import Sample, append_answer, fit_prompt
+from utils.common import UserError
+from utils.config import AnnotationSource, DataConfig, PromptConfig
+from utils.logging_utils import get_logger
+from utils.prompts import build_messages, format_answer
+from utils.rows import Row, check_trim, clip_bounds, load_annotations, model_windows, resolve_video
+from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
+
+_MARKER_TOKENS = 9
+"""Tokens of one `<12.5 seconds>` marker with its vision_start and vision_end; an estimate for length grouping only."""
+_TEXT_TOKENS = 64
+"""Tokens of the chat frame, question and answer; an estimate for length grouping only."""
+
+
+class VideoTemporalDataset(Dataset[Sample]):
+    """Temporal grounding: one sample per labelled row.
+
+    `dataset[i]` gives `input_ids` (L,), `mm_token_type_ids` (L,), `pixel_values_videos`, `video_grid_thw` (1, 3),
+    `index`, and for training `labels` (L,). A video that cannot be read gives `{"index": i, "fault": reason}`, which
+    the collator counts: it is never replaced by a neighbour. `sample(i)` raises instead.
+
+    To teach another task override `is_usable`, `question` and `answer`; `VideoQADataset` below is the example.
+
+    Args:
+        data: Where the rows are, how clips are sampled.
+        processor: The checkpoint's processor (tokenizer, chat template and video processor).
+        prompt: What is asked and how the answer reads.
+        split: "train", "val" or "test": which `data.<split>` to read.
+        with_answer: True for training (labels), False for generation (prompt only).
+        max_samples: Keep an evenly spread subset of at most this many rows, the same for every run.
+        seed: Decides which rows a fractional `weight` keeps.
+
+    Raises:
+        UserError: no annotation file, no usable row, too many bad rows, or trim fields that fit another `data.trim`.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        processor: Any,
+        prompt: PromptConfig | None = None,
+        *,
+        split: str = "train",
+        with_answer: bool = True,
+        max_samples: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        self.data = data
+        self.processor = processor
+        self.prompt = prompt or PromptConfig()
+        self.with_answer = with_answer
+        sources: tuple[AnnotationSource, ...] = {"train": data.train, "val": data.val, "test": data.test}[split]
+        if not sources:
+            raise UserError(
+                f"data.{split} names no annotation file; give one, e.g. data.{split}=data/annotations/{split}.jsonl"
+            )
+        rows = load_annotations(sources, max_bad_fraction=data.max_bad_fraction, seed=seed)
+        check_trim(rows, data.trim)
+        usable = [row for row in rows if self.is_usable(row)]
+        if not usable:
+            raise UserError(
+                f"data.{split}: none of the {len(rows)} rows in {sources[0].path} is labelled (timestamp is null)"
+            )
+        if len(usable) < len(rows):
+            get_logger().info(
+                "data.%s: %d of %d rows have no label and are left out", split, len(rows) - len(usable), len(rows)
+            )
+        if max_samples is not None and max_samples < len(usable):
+            usable = [usable[i] for i in np.linspace(0, len(usable) - 1, max_samples).round().astype(int)]
+        self.rows: list[Row] = usable
+
+    # ------------------------------------------------------------------ what a task decides
+    def is_usable(self, row: Row) -> bool:
+        """Whether the row can be trained on or scored: here, whether its windows are labelled (`[]` = labelled absent)."""
+        return row.timestamp is not None
+
+    def question(self, row: Row) -> list[dict[str, Any]]:
+        """Chat messages for the row, with a video part before the text."""
+        return build_messages(self.prompt, row.sentence)
+
+    def answer(self, row: Row) -> str:
+        """The text to learn. Windows are on the clip's clock, as the `<t seconds>` markers are."""
+        windows = model_windows(row, self.data.trim)
+        if windows is None:
+            raise ValueError(f"{row.file}:{row.line} is not labelled")
+        return format_answer(self.prompt, windows, thought=row.kwargs.get("thinking"))
+
+    # ------------------------------------------------------------------ samples
+    def clip(self, row: Row) -> VideoClip:
+        """Decode the labelled stretch of the row's video. Raises VideoReadError."""
+        bounds = clip_bounds(row, self.data.trim)
+        start_s, end_s = bounds if bounds is not None else (None, None)
+        path = resolve_video(row, self.data.videos_root)
+        return read_clip(path, self.data.budget, start_s=start_s, end_s=end_s, backend=self.data.backend)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of row `index`. Raises VideoReadError for a video that cannot be read."""
+        row = self.rows[index]
+        return {**self._encode(row, self.clip(row)), "index": index}
+
+    def blank(self) -> Sample:
+        """A two-frame black clip with row 0's question: it stands in when every sample of a batch is faulty, so that a
+        distributed step still runs the same modules. Its labels are never learnt."""
+        frames = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+        return {**self._encode(self.rows[0], clip_from_frames(frames, fps=self.data.fps)), "index": -1}
+
+    def _encode(self, row: Row, clip: VideoClip) -> Sample:
+        sample, _ = fit_prompt(
+            self.processor,
+            self.question(row),
+            clip,
+            max_tokens=self.data.max_prompt_tokens,
+            on_overlong=self.data.on_overlong,
+            name=f"{row.file}:{row.line} ({row.video})",
+        )
+        return append_answer(self.processor, sample, self.answer(row)) if self.with_answer else sample
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            return self.sample(index)
+        except VideoReadError as error:
+            row = self.rows[index]
+            return {"index": index, "fault": f"{row.file}:{row.line}: {error}"}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Estimated tokens per sample, from durations alone (16:9 frames), for grouping batches by length."""
+        return [self._estimated_length(row) for row in self.rows]
+
+    def _estimated_length(self, row: Row) -> int:
+        budget = self.data.budget
+        num_frames = int(min(max(round(row.duration * budget.fps), budget.min_frames), budget.max_frames))
+        height, width = plan_size(num_frames, 720, 1280, budget)
+        patches = (num_frames + 1) // 2
+        return patches * (height * width // 1024 + _MARKER_TOKENS) + _TEXT_TOKENS
+
+
+class VideoQADataset(VideoTemporalDataset):
+    """Question answering on the same rows: `sentence` is the question, `kwargs.answer` the text to learn.
+
+    An example of the extension point; everything about clips, budgets, faults and batches is inherited.
+    """
+
+    def is_usable(self, row: Row) -> bool:
+        """Whether the row has an answer text; `timestamp` may be null."""
+        return isinstance(row.kwargs.get("answer"), str)
+
+    def question(self, row: Row) -> list[dict[str, Any]]:
+        """The sentence itself, after the video."""
+        return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": row.sentence.strip()}]}]
+
+    def answer(self, row: Row) -> str:
+        """`kwargs.answer`."""
+        return str(row.kwargs["answer"])

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning of Qwen3-VL for temporal grounding: parse, build, train.
+
+    python train_sft.py --config configs/training/sft_config.yaml --data_config configs/data/video_config.yaml \\
+        --output_dir outputs/sft [training.learning_rate=2e-5 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.attach import attach
+
+attach()
+
+from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
+from trainers.model import LearningRates, load_policy, load_processor, resolve_source  # noqa: E402
+from trainers.plan import describe_batch, describe_plan  # noqa: E402
+from trainers.sft_trainer import SFTSetup, VideoSFTTrainer  # noqa: E402
+from utils.common import run_command  # noqa: E402
+from utils.config import SFTConfig, load_config  # noqa: E402
+from utils.curves import plot_curves  # noqa: E402
+from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402
+from utils.prompts import PromptContract  # noqa: E402
+from utils.run import start_run  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; anything of the form a.b=c overrides a configuration key."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML with model, lora and training")
+    parser.add_argument("--data_config", type=Path, required=True, help="YAML with data and prompt")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/sft")
+    parser.add_argument("--model_path", help="base model or checkpoint; short for model.name_or_path=...")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const="auto", help="a checkpoint-<step> folder, or auto")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="load and check everything, show the plan, train nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> int:
+    """Train, and return the exit status."""
+    args = parse_args()
+    overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
+    config = load_config(SFTConfig, [args.config, args.data_config], overrides)
+    # Before any model is built: under ZeRO-3 these arguments decide how weights are loaded.
+    training_args = config.training.to_training_arguments(output_dir=args.output_dir, deepspeed=args.deepspeed)
+    run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
+    setup_logging()
+    processor = load_processor(resolve_source(config.model.name_or_path))
+    train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
+    val_set = None
+    if config.data.val:
+        num_val = config.training.max_eval_samples
+        val_set = VideoTemporalDataset(
+            config.data, processor, config.prompt, split="val", with_answer=False, max_samples=num_val
+        )
+    rates = LearningRates(**config.training.rates())
+    policy = load_policy(config.model, config.lora, rates, deepspeed=bool(args.deepspeed))
+    contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
+    setup = SFTSetup.from_config(config, rates, contract, run)
+    trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)
+    if run is None:
+        print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
+        print(describe_batch(train_set, trainer.data_collator, training_args.per_device_train_batch_size))  # noqa: T201
+        return 0
+    contract.save(run.output_dir)
+    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    if trainer.interrupted:
+        return 130
+    trainer.finish()
+    if is_rank_zero():
+        get_logger().info("curves: %s", plot_curves(run.metrics_path, run.curves_path))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

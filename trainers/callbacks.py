@@ -1,0 +1,141 @@
+"""What the trainers watch and count beside the loss: faults, speed, the metrics file, a first Ctrl-C. Shared by SFT and
+RL."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from utils.common import UserError
+from utils.logging_utils import MetricsWriter, get_logger
+
+
+class FaultCounter:
+    """Names and counts rows that could not be used; stops the run past a fraction of all rows (contract 10)."""
+
+    def __init__(self, num_rows: int, max_fraction: float) -> None:
+        self.num_rows = num_rows
+        self.max_fraction = max_fraction
+        self.rows: dict[int, str] = {}
+
+    def add(self, faults: list[tuple[int, str]]) -> None:
+        """Note `[(row number, reason)]`; a row counts once. Raises UserError past the limit."""
+        for index, reason in faults:
+            if index not in self.rows:
+                self.rows[index] = reason
+                get_logger().warning("left out: %s", reason)
+        if len(self.rows) > self.max_fraction * self.num_rows:
+            raise UserError(
+                f"{len(self.rows)} of {self.num_rows} rows could not be used, more than "
+                f"data.max_bad_fraction={self.max_fraction:g} allows. The last: {list(self.rows.values())[-1]}. Run "
+                f"python -m "
+                "utils.data_validation --probe_videos on the annotation file, mend or drop those rows, or raise the "
+                "limit"
+            )
+
+
+class SpeedMeter:
+    """Samples and tokens per second of training time (validation and saving left out)."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self.samples = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, samples: int, tokens: int) -> None:
+        """Count one micro-batch."""
+        self.samples += samples
+        self.tokens += tokens
+
+    def skip(self, seconds: float) -> None:
+        """Leave `seconds` that were not training out of the interval."""
+        self.since += seconds
+
+    def read(self, num_processes: int) -> dict[str, float]:
+        """Rates since the last reading over all processes (assumed alike), then begin anew."""
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        rates = {
+            "samples_per_second": self.samples * num_processes / elapsed,
+            "tokens_per_second": self.tokens * num_processes / elapsed,
+        }
+        self.restart()
+        return rates
+
+
+class StopOnInterrupt(TrainerCallback):
+    """First Ctrl-C: finish the step, save a checkpoint, stop. Second: stop at once.
+
+    One process only: under torchrun the ranks would stop at different steps, so there Ctrl-C keeps its plain meaning
+    and the run goes on from its last complete checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Install the handler (signals reach the main thread only)."""
+        if args.world_size <= 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        get_logger().warning("interrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once)")
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop once asked to; a validation that is due waits for the resumed run."""
+        if self.requested:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signal back, and say how to go on."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+        if self.requested:
+            get_logger().warning(
+                "stopped at step %d of %d; the same command with --resume_from_checkpoint auto goes on from there",
+                state.global_step, state.max_steps,
+            )  # fmt: skip
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log record to the run's metrics JSONL under slash names (`train/loss`, `eval/mIoU`)."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path
+        self.run = run
+        self.writer: MetricsWriter | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the file; after a resume, later records of the same step supersede earlier ones."""
+        self.writer = MetricsWriter(self.path, self.run)
+        self.writer.resume(state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:  # noqa: E501
+        """Write one record."""
+        if self.writer is not None and logs:
+            self.writer.write(state.global_step, slash_names(logs))
+
+
+def slash_names(logs: dict[str, float]) -> dict[str, float]:
+    """Trainer's flat keys as stable slash names: `eval_mIoU` -> `eval/mIoU`, `loss` -> `train/loss`."""
+    out: dict[str, float] = {}
+    for key, value in logs.items():
+        name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key.removeprefix('train_')}"
+        out[name] = value
+    return out

@@ -1,0 +1,68 @@
+"""What `--dry_run` shows: the plan of a run and one collated batch, as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+
+from datasets.collate_fns import Batch, VideoCollator
+from datasets.encoding import IGNORE
+from datasets.video_dataset import VideoTemporalDataset
+from trainers.model import LearningRates, describe_trainable
+
+
+def describe_plan(
+    model: torch.nn.Module,
+    rates: LearningRates,
+    train: VideoTemporalDataset,
+    val: VideoTemporalDataset | None,
+    args: Any,
+) -> str:
+    """Rows, batch, steps and what trains, one fact a line. `args` are TrainingArguments."""
+    world = max(1, args.world_size)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * world
+    per_epoch = math.ceil(math.ceil(len(train) / (args.train_batch_size * world)) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    lengths = sorted(train.lengths)
+    lines = [
+        f"rows:        {len(train)} train, {len(val) if val is not None else 0} validation",
+        f"batch:       {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {world} "
+        f"process(es) = {batch}",
+        f"steps:       {steps} ({per_epoch} an epoch), warm-up {args.get_warmup_steps(steps)}, "
+        f"{args.lr_scheduler_type}",
+        f"tokens:      about {lengths[len(lengths) // 2]} a sample (median), {lengths[-1]} at most, from durations",
+        f"precision:   weights {next(model.parameters()).dtype}, bf16 autocast {args.bf16}".replace("torch.", ""),
+        f"parameters:  {describe_trainable(model, rates)}",
+        f"checkpoints: every {args.save_steps} steps to {args.output_dir}, validation every {args.eval_steps}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_batch(dataset: VideoTemporalDataset, collator: VideoCollator, size: int) -> str:
+    """Collate the first `size` rows and decode them: prompts with visual tokens counted, the learnt answer apart."""
+    samples = [dataset[index] for index in range(min(size, len(dataset)))]
+    batch = collator(samples)
+    lines = [
+        f"{key}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    ]  # noqa: E501
+    lines += [f"unreadable: {reason}" for _, reason in batch["faults"]]
+    for row in range(len(batch["input_ids"])):
+        prompt, answer = decode_row(dataset.processor.tokenizer, batch, row)
+        lines += [f"--- sample {row}", prompt, f"--- learns: {answer}"]
+    return "\n".join(lines)
+
+
+def decode_row(tokenizer: Any, batch: Batch, row: int) -> tuple[str, str]:
+    """Text of one row of a training batch: (prompt with runs of visual tokens counted, answer under the labels)."""
+    kept = batch["attention_mask"][row].bool()
+    ids, labels = batch["input_ids"][row][kept], batch["labels"][row][kept]
+    prompt = tokenizer.decode(ids[labels == IGNORE])
+    answer = tokenizer.decode(ids[labels != IGNORE])
+    return re.sub(
+        r"(?:<\|video_pad\|>)+", lambda run: f"<|video_pad|>*{run.group().count('|video_pad|')}", prompt
+    ), answer

@@ -1,0 +1,147 @@
+"""When a checkpoint counts as complete, and where a run's checkpoints lie. Knows files, not models.
+
+A checkpoint folder is complete when its `manifest.json` (file names and sizes, written last) agrees with what is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.common import UserError, write_json
+from utils.logging_utils import human_bytes
+
+MANIFEST_FILE = "manifest.json"
+BEST, FINAL = "checkpoint-best", "checkpoint-final"
+_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+_DISK_FULL_WORDS = ("no space left", "disk quota", "failed writing file", "enospc")
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path) -> None:
+    """Sync every file of `folder` to disk, then list their sizes in `manifest.json`. Call it last, on one rank."""
+    for name in _files(folder):
+        with open(folder / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(folder / MANIFEST_FILE, {"files": _files(folder)})
+
+
+def manifest_problems(folder: Path) -> list[str]:
+    """Why `folder` is not a complete checkpoint, in plain words; empty when it is."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return [f"{MANIFEST_FILE} is missing"]
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        return [f"{MANIFEST_FILE} cannot be read"]
+    found = _files(folder)
+    return [
+        f"{name} has {found[name]} bytes, not {size}" if name in found else f"{name} is missing"
+        for name, size in listed.items()
+        if found.get(name) != size
+    ]
+
+
+def step_of(folder: Path) -> int:
+    """The training step in a `checkpoint-<step>` name, -1 for any other folder."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete `checkpoint-<step>` folders of a run, oldest step first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted((path for path in folders if not manifest_problems(path)), key=step_of)
+
+
+def resolve_resume(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint folder to go on from, or None for a fresh start.
+
+    `resume` is a folder, or "auto" (the newest complete checkpoint of `output_dir`; none yet = fresh start), or None.
+    Raises UserError for a folder that is no complete checkpoint, and when None would train over an earlier run.
+    """
+    done = complete_checkpoints(output_dir)
+    finished = [output_dir / name for name in (BEST, FINAL) if not manifest_problems(output_dir / name)]
+    if resume is None:
+        if done or finished:
+            raise UserError(
+                f"{output_dir} holds complete checkpoints of an earlier run ({(done + finished)[-1].name}). Add "
+                "--resume_from_checkpoint auto to go on with it, or choose another --output_dir; nothing was changed"
+            )
+        return None
+    if resume == "auto":
+        return done[-1] if done else None
+    folder = Path(resume)
+    if problems := manifest_problems(folder):
+        others = f"; complete ones here: {', '.join(path.name for path in done)}" if done else ""
+        raise UserError(
+            f"--resume_from_checkpoint {folder} is not a complete checkpoint: {'; '.join(problems[:3])}{others}"
+        )
+    if not (folder / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {folder} holds weights but no optimizer and trainer state. Name a "
+            f"checkpoint-<step> "
+            f"folder, or 'auto'; to start a new run from these weights use model.name_or_path={folder}"
+        )
+    return folder
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError when the disk that holds `folder` has less than `needed_bytes` free."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"not enough disk space to save {folder}: about {human_bytes(needed_bytes)} needed, {human_bytes(free)} "
+            f"free. "
+            "Earlier checkpoints are untouched; free some space (or choose another --output_dir), then start the same "
+            "command with --resume_from_checkpoint auto"
+        )
+
+
+@contextmanager
+def saving(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Guard a save into `folder`: check the space first, and turn a disk that fills up meanwhile into a UserError.
+
+    Writers report a full disk in different classes (OSError, RuntimeError of torch, SafetensorError), so the words
+    count.
+    """
+    require_space(folder, needed_bytes)
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(word in str(error).lower() for word in _DISK_FULL_WORDS):
+            raise
+        raise UserError(
+            f"the disk filled up while saving {folder} (about {human_bytes(needed_bytes)} needed). The folder is "
+            f"incomplete "
+            "and will be passed over; earlier checkpoints are untouched. Free some space, then start the same command "
+            "with "
+            "--resume_from_checkpoint auto"
+        ) from error
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the finished folder `new` in the place of `target`; the old `target` goes only once the new one is in
+    place."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""Training curves: a metrics file in, one PNG of panels out. Also the look that every figure of the project shares.
+
+Figures are made through matplotlib's objects, never through pyplot, so a notebook's or a user's backend stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from utils.common import UserError, atomic_open
+from utils.logging_utils import read_metrics
+
+INK = "#1f2328"
+MUTED = "#656d76"
+FAINT = "#d8dee4"
+BLUE, GREEN, VERMILION, PURPLE, AMBER = "#0072B2", "#009E73", "#D55E00", "#AA4499", "#E69F00"
+"""Colours that stay apart in the common kinds of colour blindness (after Okabe and Ito, 2008)."""
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, "#56B4E9")
+
+_STYLE = {
+    "font.size": 11.0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 13.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "vtg",  # the same picture gives the same file
+}
+_WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Dark text on white whatever the user's matplotlibrc says, for the figures made and saved inside."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+    with matplotlib.style.context({**_STYLE, "font.family": families}, after_reset=True):
+        yield
+
+
+def save_figure(figure: Figure, output_path: str | os.PathLike[str], *, dpi: int = 160) -> Path:
+    """Write `figure` as png, svg or pdf, by the suffix of `output_path`, atomically; returns the path."""
+    path = Path(output_path)
+    kind = figure_format(path)
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with atomic_open(path, "wb") as handle:
+        figure.savefig(handle, format=kind, dpi=dpi, metadata=undated)
+    return path
+
+
+def figure_format(path: str | os.PathLike[str]) -> str:
+    """The picture format that the suffix of `path` names; `UserError` for any but png, svg and pdf."""
+    suffix = Path(path).suffix.lower().lstrip(".")
+    if suffix not in ("png", "svg", "pdf"):
+        raise UserError(f"a picture is written as .png, .svg or .pdf, got {os.fspath(path)!r}; change its suffix")
+    return suffix
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the steps; values are finite."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the picture: the metrics it shows (a name ending in `/` stands for all below it) and how."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    smooth: bool = False
+    """Draw the raw values faintly under a running mean."""
+    mark_best: tuple[str, ...] = ()
+    """Metrics whose highest value is marked."""
+    from_zero: bool = False
+    log_if_apart: bool = False
+    """A logarithmic axis when the peaks of the lines lie far apart."""
+
+
+PANELS = (
+    Panel("Training loss", "loss", ("train/loss",), smooth=True),
+    Panel("Learning rate", "per parameter group", ("train/learning_rate/",), log_if_apart=True),
+    Panel(
+        "Validation", "%", ("eval/mIoU", "eval/R1@0.5", "eval/R1@0.3", "eval/R1@0.7"),
+        mark_best=("eval/mIoU", "eval/R1@0.5"), from_zero=True,
+    ),
+    Panel("Gradient norm", "norm", ("train/grad_norm",), smooth=True, from_zero=True),
+    Panel("Unparsable answers", "% of validation answers", ("eval/parse_failure_rate",), from_zero=True),
+    Panel("Throughput", "samples per second", ("train/samples_per_second",), smooth=True, from_zero=True),
+)
+
+
+def plot_curves(metrics_path: str | os.PathLike[str], output_path: str | os.PathLike[str]) -> Path:
+    """Draw the curves of the last run in a metrics file (see `utils.logging_utils.MetricsWriter`); returns the path.
+
+    Panels whose metrics were never written are left out. Raises `UserError` if the file is missing, if it holds none of
+    the metrics of `PANELS`, or if the suffix is not png, svg or pdf.
+    """
+    figure_format(output_path)
+    records = read_metrics(metrics_path)
+    with figure_style():
+        figure = draw_curves(records)
+        if figure is None:
+            known = ", ".join(name for panel in PANELS for name in panel.metrics)
+            raise UserError(f"metrics file {os.fspath(metrics_path)} holds nothing to plot; looked for {known}")
+        return save_figure(figure, output_path)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel] = PANELS) -> Figure | None:
+    """The figure of the panels that `records` have values for, one axes each; None if there is none."""
+    filled = [(panel, lines) for panel in panels if (lines := _panel_series(records, panel))]
+    if not filled:
+        return None
+    columns = len(filled) if len(filled) <= 3 else math.ceil(len(filled) / 2)
+    rows = math.ceil(len(filled) / columns)
+    figure = Figure(figsize=(5.0 * columns, 3.7 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    steps = [step for _, lines in filled for line in lines for step in line.steps]
+    for index, (panel, lines) in enumerate(filled):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_panel(axes, panel, lines)
+        _set_step_axis(axes, min(steps), max(steps))
+    return figure
+
+
+def smoothed(values: Sequence[float], sigma: float | None = None) -> list[float]:
+    """Gaussian mean around every value, cut off at the ends; it does not lag behind the curve as a running mean does.
+
+    `sigma` is in values, by default a fiftieth of the curve.
+
+    >>> smoothed([3.0, 3.0, 3.0])
+    [3.0, 3.0, 3.0]
+    """
+    width = max(1.0, len(values) / 50) if sigma is None else sigma
+    reach = min(len(values) - 1, math.ceil(4 * width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    total = np.convolve(values, kernel)[reach : reach + len(values)]
+    weight = np.convolve(np.ones(len(values)), kernel)[reach : reach + len(values)]
+    return (total / weight).tolist()
+
+
+def _panel_series(records: Sequence[Mapping[str, Any]], panel: Panel) -> list[Series]:
+    found = list(dict.fromkeys(key for record in records for key in record))
+    names: list[str] = []
+    for metric in panel.metrics:
+        names += [name for name in found if name == metric or (metric.endswith("/") and name.startswith(metric))]
+    return [line for name in names if (line := _series(records, name)).steps]
+
+
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> Series:
+    points = [(record["step"], record[name]) for record in records if _is_finite(record.get(name, None))]
+    return Series(name, [int(step) for step, _ in points], [float(value) for _, value in points])
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Series]) -> None:
+    axes.set_title(panel.title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    for index, line in enumerate(lines):
+        _draw_series(axes, panel, line, index, label=_label(panel, line, lines))
+    axes.margins(y=0.1)
+    highest = max(max(line.values) for line in lines)
+    if panel.log_if_apart and _are_apart(lines):
+        _use_log_scale(axes, lines)
+    elif panel.from_zero:
+        axes.set_ylim(0, 1.15 * highest if highest > 0 else 1.0)
+    if len(panel.metrics) > 1:
+        axes.legend(fontsize=10.5, loc="best", labelcolor=INK)
+
+
+def _draw_series(axes: Axes, panel: Panel, line: Series, index: int, label: str) -> None:
+    colour = CYCLE[index % len(CYCLE)]
+    dashes = (0, (3, 2)) if panel.log_if_apart and index % 2 else "-"  # groups with one rate lie on each other
+    if panel.smooth and len(line.steps) > 20:
+        axes.plot(line.steps, line.values, color=colour, alpha=0.3, linewidth=1.0, label="_raw")
+        axes.plot(line.steps, smoothed(line.values), color=colour, label=label)
+    else:
+        marker = "o" if len(line.steps) <= 25 else ""
+        axes.plot(line.steps, line.values, color=colour, label=label, marker=marker, markersize=5, linestyle=dashes)
+    if line.name in panel.mark_best:
+        step, value = _best(line)
+        axes.plot([step], [value], marker="*", markersize=16, color=colour, markeredgecolor="white", zorder=5)
+
+
+def _label(panel: Panel, line: Series, lines: Sequence[Series]) -> str:
+    label = line.name.rsplit("/", 1)[-1].replace("_", " ")
+    if line.name in panel.mark_best:
+        step, value = _best(line)
+        return f"{label}, best {value:.1f} at step {step:,}"
+    frozen = panel.log_if_apart and not any(line.values) and any(any(other.values) for other in lines)
+    return f"{label} (frozen)" if frozen else label
+
+
+def _best(line: Series) -> tuple[int, float]:
+    """Step and value of the first highest point."""
+    index = max(range(len(line.values)), key=line.values.__getitem__)
+    return line.steps[index], line.values[index]
+
+
+def _are_apart(lines: Sequence[Series]) -> bool:
+    """Whether the peaks of two lines differ so much that one would lie flat on the axis of the other."""
+    peaks = [max(line.values) for line in lines if max(line.values) > 0]
+    return bool(peaks) and max(peaks) > 5 * min(peaks)
+
+
+def _use_log_scale(axes: Axes, lines: Sequence[Series]) -> None:
+    """Down to a hundredth of the lowest peak: a warm-up and a decay that touch 0 would reach for minus infinity."""
+    peaks = [max(line.values) for line in lines if max(line.values) > 0]
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylim(min(peaks) / 100, 3 * max(peaks))
+
+
+def _set_step_axis(axes: Axes, first: int, last: int) -> None:
+    """The same range in every panel. A single step has no range of its own: it gets one step on either side."""
+    room = 0.03 * (last - first) or 1.0
+    axes.set_xlim(first - room, last + room)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))

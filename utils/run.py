@@ -1,0 +1,94 @@
+"""The start of a run: its folder, its log, and the record of what it ran with. Shared by SFT and RL."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints import resolve_resume
+from utils.common import REPO_ROOT, UserError, seed_everything, write_json
+from utils.config import StrictModel, save_config
+from utils.logging_utils import environment_versions, get_logger, git_revision, is_rank_zero, setup_logging
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and what it goes on from."""
+
+    output_dir: Path
+    name: str
+    resume_from: Path | None
+    metrics_path: Path
+    """JSONL of every logged record, `<metrics_dir>/<name>.jsonl`."""
+    curves_path: Path
+
+
+def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
+    """Claim `output_dir`, start the log, seed everything and save what the run is made of.
+
+    Writes `config.yaml` (resolved), `environment.json` (versions, git revision) and `log.txt`; nothing is ever deleted.
+    `config` is the whole typed configuration with a `training` section (seed, run_name, metrics_dir, logging_dir).
+
+    Raises UserError when the folder holds a finished run and `resume` is not given, or cannot be written.
+    """
+    resume_from = resolve_resume(output_dir, resume)
+    training = config.training
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"--output_dir {output_dir} cannot be made a folder: {error.strerror}. Choose another"
+        ) from error
+    if not os.access(output_dir, os.W_OK):
+        raise UserError(f"--output_dir {output_dir} is not writable; choose another or change its permissions")
+    setup_logging(output_dir)
+    name = training.run_name or output_dir.resolve().name
+    # Trainer's TensorBoard callback takes its folder from the environment only.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(training.logging_dir) / name))
+    if is_rank_zero():
+        _record(output_dir, config, resume_from)
+    seed_everything(training.seed)
+    return Run(
+        output_dir=output_dir,
+        name=name,
+        resume_from=resume_from,
+        metrics_path=Path(training.metrics_dir) / f"{name}.jsonl",
+        curves_path=output_dir / "curves.png",
+    )
+
+
+def _record(output_dir: Path, config: StrictModel, resume_from: Path | None) -> None:
+    saved = output_dir / "config.yaml"
+    if resume_from and saved.is_file():
+        _warn_if_changed(saved, config)
+    save_config(config, saved)
+    revision = git_revision(REPO_ROOT)
+    write_json(
+        output_dir / "environment.json",
+        {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git": revision, "versions": environment_versions()},
+    )
+    if resume_from:
+        get_logger().info("going on from %s", resume_from)
+
+
+def _warn_if_changed(saved: Path, config: StrictModel) -> None:
+    """Name the keys that differ from the run being resumed: the losses that follow are then not the same run's."""
+    import yaml
+
+    earlier = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+    now = _flat(config.model_dump(mode="json"))
+    changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+    if changed:
+        saved.replace(saved.with_name(f"config.before-{time.strftime('%Y%m%d-%H%M%S')}.yaml"))
+        get_logger().warning("resuming with other settings than before: %s", ", ".join(changed))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, sub in tree.items() for key, value in _flat(sub, f"{prefix}.{name}".lstrip(".")).items()
+    }

@@ -1,0 +1,89 @@
+"""Writing small H.264 files, for demo data, tests and pictures. Re-exported by `utils.video`; reading is over there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from utils.common import UserError, atomic_open
+
+VARIABLE_RATE_TIME_BASE = Fraction(1, 90000)
+"""Clock tick of files with explicit times: 90 kHz, the usual video clock; times are kept to 6 microseconds."""
+
+
+def write_mp4(
+    path: str | os.PathLike[str],
+    frames: np.ndarray,
+    *,
+    fps: float | None = None,
+    times_s: Sequence[float] | np.ndarray | None = None,
+    crf: int = 12,
+    gop_size: int | None = None,
+) -> None:
+    """Write RGB frames as H.264 (yuv420p) in an mp4, atomically; the same input gives the same bytes.
+
+    Args:
+        frames: uint8, shape (T, H, W, 3), H and W even (yuv420p halves both).
+        fps: constant frame rate; frame i is shown at i / fps. Exactly one of `fps` and `times_s` is given.
+        times_s: shape (T,), presentation times in seconds for a variable rate: finite, >= 0, strictly increasing.
+        crf: x264 quality, 0 (lossless) to 51.
+        gop_size: at most this many frames from one key frame to the next; None leaves x264's choice (250).
+
+    Raises:
+        UserError: frames or times of the wrong kind.
+    """
+    import av
+
+    _check_frames(frames)
+    time_base, ticks = _presentation_ticks(len(frames), fps, times_s)
+    with atomic_open(path, "wb") as handle, av.open(handle, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=_nominal_rate(time_base, ticks))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = time_base
+        stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        if gop_size is not None:
+            stream.codec_context.gop_size = gop_size
+        gap = ticks[-1] - ticks[-2] if len(ticks) > 1 else 1
+        for picture, tick, following in zip(frames, ticks, [*ticks[1:], ticks[-1] + gap], strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base, frame.duration = tick, time_base, following - tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise UserError(f"frames must be uint8 of shape (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise UserError(f"frames must have even height and width for H.264 yuv420p, got {frames.shape[1:3]}; pad or crop")
+
+
+def _presentation_ticks(
+    count: int, fps: float | None, times_s: Sequence[float] | np.ndarray | None
+) -> tuple[Fraction, list[int]]:
+    """The file's time base and each frame's time in it."""
+    if (fps is None) == (times_s is None):
+        raise UserError("exactly one of fps (constant rate) and times_s (variable rate) must be given")
+    if fps is not None:
+        if not (np.isfinite(fps) and fps > 0):
+            raise UserError(f"fps must be finite and > 0, got {fps}")
+        return 1 / Fraction(fps).limit_denominator(1001), list(range(count))
+    times = np.asarray(times_s, dtype=np.float64)
+    if times.shape != (count,) or not np.isfinite(times).all() or times[0] < 0:
+        raise UserError(f"times_s must hold one finite time >= 0 for each of the {count} frames, got {times_s}")
+    ticks = [round(float(time) / VARIABLE_RATE_TIME_BASE) for time in times]
+    if any(after <= before for before, after in zip(ticks, ticks[1:], strict=False)):
+        raise UserError(f"times_s must increase strictly (by at least 1/90000 s), got {times_s}")
+    return VARIABLE_RATE_TIME_BASE, ticks
+
+
+def _nominal_rate(time_base: Fraction, ticks: list[int]) -> Fraction:
+    """The mean frame rate, which x264 only needs for its rate control."""
+    if len(ticks) == 1:
+        return Fraction(25) if time_base == VARIABLE_RATE_TIME_BASE else 1 / time_base
+    return Fraction(len(ticks) - 1) / ((ticks[-1] - ticks[0]) * time_base)
