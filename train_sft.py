@@ -14,7 +14,8 @@ from utils.attach import attach
 attach()
 
 from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
-from trainers.model import LearningRates, load_policy, load_processor, resolve_source  # noqa: E402
+from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
+from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
 from trainers.sft_trainer import SFTSetup, VideoSFTTrainer  # noqa: E402
 from utils.common import run_command  # noqa: E402
@@ -58,7 +59,7 @@ def main() -> int:
         val_set = VideoTemporalDataset(
             config.data, processor, config.prompt, split="val", with_answer=False, max_samples=num_val
         )
-    rates = LearningRates(**config.training.rates())
+    rates = LearningRates.from_training(config.training)
     policy = load_policy(config.model, config.lora, rates, deepspeed=bool(args.deepspeed))
     contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
     setup = SFTSetup.from_config(config, rates, contract, run)

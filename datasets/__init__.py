@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 # By file and not by name: a program in the same environment may have a `utils` of its own.
-_spec = importlib.util.spec_from_file_location("_attach_datasets", Path(__file__).resolve().parents[1] / "utils/attach.py")
+_file = Path(__file__).resolve().parents[1] / "utils" / "attach.py"
+_spec = importlib.util.spec_from_file_location("_attach_datasets", _file)
 assert _spec is not None and _spec.loader is not None
-_attach = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_attach)
-_attach.attach()
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+_module.attach()

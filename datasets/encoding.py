@@ -23,6 +23,10 @@ IGNORE = -100
 Sample = dict[str, Any]
 
 
+class PromptTooLongError(UserError):
+    """A prompt over `data.max_prompt_tokens` that may not, or cannot, lose frames."""
+
+
 def encode_prompt(processor: Any, messages: Sequence[dict[str, Any]], clip: VideoClip) -> Sample:
     """Tokenise `messages` with `clip` in the place of their video part, up to where the answer begins.
 
@@ -61,13 +65,13 @@ def fit_prompt(
     """`encode_prompt` within `max_tokens`: an overlong prompt loses frames evenly (and says so) or is refused.
 
     Visual tokens are never cut: whole temporal patches (two frames) go, so every marker that stays is true.
-    Returns the sample and the clip that was really shown. Raises UserError naming `name` when it cannot fit.
+    Returns the sample and the clip that was really shown. Raises PromptTooLongError naming `name` when it cannot fit.
     """
     sample = encode_prompt(processor, messages, clip)
     num_frames = len(clip.frames)
     while (length := len(sample["input_ids"])) > max_tokens:
         if on_overlong == "refuse":
-            raise UserError(
+            raise PromptTooLongError(
                 f"{name}: the prompt has {length} tokens, more than data.max_prompt_tokens={max_tokens}. Lower "
                 f"data.fps, "
                 "data.max_frames or data.total_pixels, raise data.max_prompt_tokens, or set "
@@ -77,7 +81,7 @@ def fit_prompt(
         per_patch = (length - _text_length(sample)) / patches
         keep = min(patches - 1, math.floor((max_tokens - _text_length(sample)) / per_patch))
         if keep < 1:
-            raise UserError(
+            raise PromptTooLongError(
                 f"{name}: the question alone nearly fills data.max_prompt_tokens={max_tokens} (one pair of frames "
                 f"takes "
                 f"{math.ceil(per_patch)} tokens); raise it or lower data.max_pixels_per_frame"

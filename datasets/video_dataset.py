@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from datasets.encoding import Sample, append_answer, fit_prompt
+from datasets.encoding import PromptTooLongError, Sample, append_answer, fit_prompt
 from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
 from utils.rows import Row, check_trim, clip_bounds, load_annotations, model_windows, resolve_video
+from utils.spans import parse_spans
 from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
 
 _MARKER_TOKENS = 9
@@ -98,6 +99,17 @@ class VideoTemporalDataset(Dataset[Sample]):
             raise ValueError(f"{row.file}:{row.line} is not labelled")
         return format_answer(self.prompt, windows, thought=row.kwargs.get("thinking"))
 
+    def scored_sample(self, index: int, text: str) -> dict[str, Any]:
+        """What `utils.metrics.evaluate` takes for row `index` and the answer `text`; times on the clip's clock."""
+        row = self.rows[index]
+        windows = model_windows(row, self.data.trim) or ()
+        return {
+            "qid": index,
+            "gt": [list(window) for window in windows],
+            "pred": parse_spans(text, duration=row.duration),
+            "duration": row.duration,
+        }
+
     # ------------------------------------------------------------------ samples
     def clip(self, row: Row) -> VideoClip:
         """Decode the labelled stretch of the row's video. Raises VideoReadError."""
@@ -134,7 +146,7 @@ class VideoTemporalDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         try:
             return self.sample(index)
-        except VideoReadError as error:
+        except (VideoReadError, PromptTooLongError) as error:
             row = self.rows[index]
             return {"index": index, "fault": f"{row.file}:{row.line}: {error}"}
 

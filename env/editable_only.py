@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 _ROOT = Path(__file__).resolve().parents[1]
 
-_HOOK = '''"""Puts the checkout of {name} on the path. Written by `pip install -e`; `pip uninstall {name}` removes it."""
+_HOOK = '''"""Puts the checkout of {name} on the path. Written by `pip install -e`, removed by `pip uninstall`."""
 
 import importlib.util
 import os

@@ -2,9 +2,9 @@
 
     python scripts/make_demo_data.py --output_dir data/demo --num_videos 1500 --level easy
 
-Every video is drawn from (seed, split, index) alone, so a larger set begins with the smaller one, the same command gives
-the same bytes, and a set that was interrupted is completed. Windows are drawn alike for every shape, whatever its colour
-and form: only the pixels tell when a shape is on. What an answer without pixels can reach is printed at the end.
+Every video is drawn from (seed, split, index) alone: a larger set begins with the smaller one, the same command gives
+the same bytes, and an interrupted set is completed. Windows are drawn alike for every shape, whatever its colour and
+form, so that only the pixels tell when a shape is on. What an answer without pixels can reach is printed at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python scripts/x.py` has scripts/ on its path, not the root
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python had put scripts/ there; see utils/attach.py
 
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -134,7 +135,8 @@ def draw_scene(level: Level, seed: int, split: str, index: int) -> Scene:
         static = place < level.num_static  # drawn first, so that they never hide a shape that is asked about
         windows = ((0, num_frames),) if static else _draw_windows(rng, level, num_frames)
         velocity = rng.uniform(-level.max_speed_px, level.max_speed_px, 2)
-        shapes.append(Shape(*order[place], int(size), centre, (float(velocity[0]), float(velocity[1])), windows))
+        colour, form = order[place]
+        shapes.append(Shape(colour, form, int(size), centre, (float(velocity[0]), float(velocity[1])), windows))
     asked = [(shape.sentence, shape.windows) for shape in shapes[level.num_static :]]
     if rng.random() < level.absent_share:
         asked.append((event_sentence(*order[len(shapes)]), ()))
@@ -309,7 +311,7 @@ def make_demo_data(
     annotations = {split: folder / f"{split}.jsonl" for split in SPLITS}
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     missing: list[tuple[Path, str, int, str, int]] = []
-    for split, index in ((split, index) for split in SPLITS for index in range(counts[split])):
+    for split, index in [(name, index) for name, count in counts.items() for index in range(count)]:
         video = f"videos/{split}/{index:06d}.mp4"
         scene = draw_scene(LEVELS[level], seed, split, index)
         rows[split] += scene_rows(scene, video, f"{split}-{index:06d}", level, annotations[split])
@@ -395,17 +397,19 @@ def main() -> None:
         workers=args.workers,
         progress=True,
     )
+    print_summary(data)
+
+
+def print_summary(data: DemoData) -> None:
     for split, path in data.annotations.items():
         print(f"{path}: {len({row.video for row in data.rows[split]})} videos, {len(data.rows[split])} queries")
-    if data.num_written:
-        print(f"wrote {data.num_written} videos in {data.seconds:.1f} s ({data.num_written / data.seconds:.0f} videos/s)")
-    else:
-        print("all videos were there already")
+    rate = f", {data.num_written / data.seconds:.0f} a second" if data.num_written else ""
+    print(f"{data.num_written} videos written in {data.seconds:.1f} s{rate}; the others were there")
     constant = best_constant_iou(data.rows["test"])
     print(
-        f"answers without pixels, mIoU on test: whole video {constant.whole_video:.3f}, middle half {constant.centre:.3f}, "
-        f"best constant window {constant.best:.3f} ({constant.best_window.start:.2f} to {constant.best_window.end:.2f} of "
-        f"the duration), always absent {constant.absent:.3f}"
+        f"test mIoU of answers that look at no pixel: whole video {constant.whole_video:.3f}, "
+        f"middle half {constant.centre:.3f}, always absent {constant.absent:.3f}, best constant window "
+        f"{constant.best:.3f} ({constant.best_window.start:.0%} to {constant.best_window.end:.0%} of the duration)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes a tiny Qwen3-VL checkpoint of random weights: the real architecture, processor and file layout, 1 M parameters.
+"""Writes a tiny Qwen3-VL checkpoint of random weights: the real architecture, processor and file layout, in 5 MB.
 
 It loads through the same `from_pretrained` calls as a released checkpoint, so the demo and the tests take the paths a
 4B model takes. What is tiny: width, depth and vocabulary. What is not: patch 16, merge 2, temporal patch 2, deepstack,
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,9 +19,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python scripts/x.py` has scripts/ on its path, not the root
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python had put scripts/ there; see utils/attach.py
 
+from scripts.make_demo_data import all_sentences  # noqa: E402
 from utils.common import UserError, run_command, write_json  # noqa: E402
+from utils.config import DataConfig, PromptConfig, StrictModel, load_config  # noqa: E402
+from utils.prompts import build_messages, format_answer  # noqa: E402
+from utils.rows import read_rows  # noqa: E402
+from utils.spans import Span  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLProcessor
@@ -227,3 +234,86 @@ def _check_sizes(hidden: int, layers: int, vision_hidden: int, vision_layers: in
             f"vision_layers must be >= 1 and layers >= min(vision_layers, 3), got vision_layers {vision_layers} and "
             f"layers {layers}: each deepstack feature is added to one layer of the language model"
         )
+
+
+class PromptFile(StrictModel):
+    """The sections of a `--data_config` file; only the prompt is used."""
+
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+
+
+def prompt_texts(sentences: Iterable[str], prompt: PromptConfig) -> list[str]:
+    """What a tokenizer should know to ask about `sentences` and to answer: every turn, its role, markers, numbers."""
+    answers = [[Span(0.5, 1.5)], [Span(2, 3), Span(4, 5)], []]
+    turns = [format_answer(prompt, windows) for windows in answers] + ["system", "user", "assistant", "<0.2 seconds>"]
+    texts: list[str] = []
+    for sentence in sentences:
+        asked = [part["text"] for message in build_messages(prompt, sentence) for part in message["content"][-1:]]
+        texts += [*asked, *turns]
+    return texts * 2  # a word has to occur twice
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--annotations", type=Path, nargs="*", help="JSONL whose sentences the tokenizer learns")
+    parser.add_argument("--data_config", type=Path, help="YAML whose prompt the tokenizer learns")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the language model (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="depth of the language model (%(default)s)")
+    parser.add_argument("--vision_hidden", type=int, default=64, help="width of the vision encoder (%(default)s)")
+    parser.add_argument("--vision_layers", type=int, default=2, help="depth of the vision encoder (%(default)s)")
+    parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's matrix")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_arguments()
+    sentences = [row.sentence for path in args.annotations or () for row in read_rows(path)[0]]
+    prompt = load_config(PromptFile, [args.data_config] if args.data_config else []).prompt
+    texts = prompt_texts(sorted(set(sentences)) or all_sentences(), prompt)
+    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "vision_hidden", "vision_layers", "seed")}
+    recipe = {**sizes, "tie": not args.untied, "texts": hashlib.sha256("\n".join(texts).encode()).hexdigest()}
+    if is_made(args.output_dir, recipe):
+        print(f"{args.output_dir}: this checkpoint is there already")
+        return
+    make_whole(args.output_dir, texts, recipe)
+    print(f"{args.output_dir}: {describe(args.output_dir)}")
+
+
+def is_made(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether `folder` holds the checkpoint of `recipe`. Raises UserError when it holds something else."""
+    manifest = folder / MANIFEST
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not manifest.is_file():
+        raise UserError(f"{folder} holds something that this script did not make; choose another --output_dir")
+    if json.loads(manifest.read_text(encoding="utf-8")) != recipe:
+        raise UserError(f"{folder} holds a tiny model of other settings or texts; choose another --output_dir")
+    return True
+
+
+def make_whole(folder: Path, texts: Sequence[str], recipe: dict[str, Any]) -> None:
+    """Build the checkpoint beside `folder` and move it there, so that an interrupted run leaves no half."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        settings = {name: value for name, value in recipe.items() if name != "texts"}
+        write_json(build_tiny_checkpoint(unfinished, texts, **settings) / MANIFEST, recipe)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def describe(folder: Path) -> str:
+    """Parameters and tokens of a saved checkpoint, in words."""
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    with safe_open(folder / "model.safetensors", framework="numpy") as weights:
+        num_parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+    return f"{num_parameters / 1e6:.2f} M parameters, {len(AutoTokenizer.from_pretrained(folder))} tokens"
+
+
+if __name__ == "__main__":
+    run_command(main)

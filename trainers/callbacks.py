@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,6 +70,17 @@ class SpeedMeter:
         }
         self.restart()
         return rates
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls a function once the model is wrapped and placed, before the first step."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self.action()
 
 
 class StopOnInterrupt(TrainerCallback):

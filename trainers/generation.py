@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +75,35 @@ def generate_texts(
         reset_rope(model)
     texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a pass over a dataset gave."""
+
+    texts: dict[int, str]
+    """Answer per row number; "" for a row whose video could not be read, so that it scores 0 and is not forgotten."""
+    faults: list[tuple[int, str]]
+
+
+def answer_rows(
+    model: Any, processor: Any, loader: Iterable[Batch], *, blind: bool = False, **generation: Any
+) -> Answers:
+    """Answer every row that `loader` gives (left-padded batches); `generation` goes to `generate_texts`.
+
+    `blind` zeroes the pixels: what the model answers without seeing the video.
+    """
+    texts: dict[int, str] = {}
+    faults: list[tuple[int, str]] = []
+    for batch in loader:
+        if blind:
+            batch = {**batch, "pixel_values_videos": torch.zeros_like(batch["pixel_values_videos"])}
+        answers = generate_texts(model, processor, batch, **generation)
+        # A batch of faults only answers for the blank clip; it has no row number, so zip drops it.
+        texts |= dict(zip(batch["indices"], answers, strict=False))
+        texts |= {index: "" for index, _ in batch["faults"]}
+        faults += batch["faults"]
+    return Answers(texts, faults)
 
 
 def reset_rope(model: Any) -> None:

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 
+from trainers.parts import LearningRates, describe_trainable, freeze_by_rate
 from utils.common import UserError
 from utils.config import LoraConfig, ModelConfig
-from utils.logging_utils import get_logger, human_count
+from utils.logging_utils import get_logger
 from utils.prompts import CONTRACT_FILE, PromptContract
 
 MODEL_TYPE = "qwen3_vl"
@@ -307,57 +308,6 @@ def _cast_output(dtype: torch.dtype) -> Callable[..., Any]:
     return hook
 
 
-# ---------------------------------------------------------------------------------------------- what trains
-@dataclass(frozen=True)
-class LearningRates:
-    """Learning rate per part of the model; 0 freezes the part."""
-
-    language: float
-    mm_projector: float
-    vision_tower: float
-    head: float
-
-
-def part_of(name: str) -> str:
-    """The part a parameter belongs to, from its name: vision_tower, mm_projector, head or language.
-
-    >>> part_of("model.visual.deepstack_merger_list.0.norm.weight")
-    'mm_projector'
-    """
-    pieces = name.split(".")
-    if "visual" in pieces:
-        return "mm_projector" if {"merger", "deepstack_merger_list"} & set(pieces) else "vision_tower"
-    return "head" if {"lm_head", "embed_tokens"} & set(pieces) else "language"
-
-
-def freeze_by_rate(model: nn.Module, rates: LearningRates) -> None:
-    """Freeze every parameter whose part has learning rate 0; never unfreezes what LoRA froze."""
-    for name, parameter in model.named_parameters():
-        if getattr(rates, part_of(name)) == 0:
-            parameter.requires_grad_(False)
-
-
-def describe_trainable(model: nn.Module, rates: LearningRates) -> str:
-    """One line: what trains, at which learning rate, with how many parameters."""
-    counts: dict[str, int] = {}
-    total = 0
-    for name, parameter in model.named_parameters():
-        size = parameter_size(parameter)
-        total += size
-        if parameter.requires_grad:
-            counts[part_of(name)] = counts.get(part_of(name), 0) + size
-    trained = [f"{part} {human_count(count)} (lr {getattr(rates, part):g})" for part, count in counts.items()]
-    frozen = total - sum(counts.values())
-    return (
-        f"training {', '.join(trained) or 'nothing'}; frozen {human_count(frozen)} of {human_count(total)} parameters"
-    )
-
-
-def parameter_size(parameter: nn.Parameter) -> int:
-    """Number of elements; under ZeRO-3 a parameter is empty and `ds_numel` holds the true number."""
-    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())
-
-
 # ---------------------------------------------------------------------------------------------- entry points
 def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, deepspeed: bool = False) -> Policy:
     """A trainable policy from `config.name_or_path`: a base model, full weights of an earlier run, or its adapter.
@@ -404,15 +354,16 @@ def load_for_inference(
     device: str | None = None,
     dtype: str | None = None,
     attn_implementation: str = "flash_attention_2",
+    need_contract: bool = True,
 ) -> Policy:
     """A frozen policy for answering, from a base model, an adapter, or full weights.
 
     `device` defaults to CUDA when there is one; `dtype` to bfloat16 on CUDA and float32 on the CPU.
-    Raises UserError for what cannot be loaded, and for trained weights without a prompt contract.
+    Raises UserError for what cannot be loaded and, with `need_contract`, for trained weights without a prompt contract.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    source = resolve_source(model_path, need_contract=True)
+    source = resolve_source(model_path, need_contract=need_contract)
     tower = source.contract.vision_tower if source.contract else None
     config = ModelConfig(name_or_path=source.base, attn_implementation=attn_implementation)  # type: ignore[arg-type]
     base = load_base(

@@ -11,7 +11,7 @@ import torch
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import IGNORE
 from datasets.video_dataset import VideoTemporalDataset
-from trainers.model import LearningRates, describe_trainable
+from trainers.parts import LearningRates, describe_trainable
 
 
 def describe_plan(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -23,18 +24,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from datasets.collate_fns import Batch, VideoCollator, answer_columns
 from datasets.encoding import IGNORE
 from datasets.video_dataset import VideoTemporalDataset
-from trainers.callbacks import FaultCounter, MetricsCallback, SpeedMeter, StopOnInterrupt
-from trainers.generation import check_sees_video, generate_texts
-from trainers.model import LearningRates, Policy, parameter_size, part_of
+from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, SpeedMeter, StopOnInterrupt
+from trainers.generation import answer_rows, check_sees_video
+from trainers.model import Policy
+from trainers.parts import LearningRates, parameter_size, part_of
 from utils.checkpoints import BEST, FINAL, replace_folder, saving, write_manifest
 from utils.common import UserError, atomic_open
 from utils.config import SFTConfig
 from utils.logging_utils import get_logger, peak_memory_bytes
 from utils.metrics import evaluate
 from utils.prompts import PromptContract
-from utils.rows import model_windows
 from utils.run import Run
-from utils.spans import parse_spans
 
 BEST_METRIC = "eval_mIoU"
 
@@ -127,7 +127,7 @@ class VideoSFTTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=policy.processor,
             compute_loss_func=answer_loss,
-            callbacks=[self.stop],
+            callbacks=[self.stop, AtTrainBegin(self.check_sight)],
         )
         if setup.run is not None:
             self.add_callback(MetricsCallback(setup.run.metrics_path, str(args.output_dir)))
@@ -200,11 +200,8 @@ class VideoSFTTrainer(Trainer):
         return [groups[key] for key in sorted(groups)]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Check once that the model sees the video, then train; CUDA running out of memory names the knobs."""
+        """Trainer's own; CUDA running out of memory names the knobs that lower it."""
         try:
-            if self.setup.blindness_guard:
-                self.check_sight()
-            self.speed.restart()
             return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0])) from error
@@ -215,12 +212,17 @@ class VideoSFTTrainer(Trainer):
         return self.stop.requested
 
     def check_sight(self) -> None:
-        """The blindness guard (contract 4) on the first readable training sample."""
+        """The blindness guard (contract 4) on the first readable training sample, alike on every rank.
+
+        Called when training begins: under ZeRO-3 the weights are whole only inside the wrapped model's forward.
+        """
+        self.speed.restart()
+        if not self.setup.blindness_guard:
+            return
         for index in range(len(self.train_dataset)):
             sample = self.train_dataset[index]
             if "fault" not in sample:
-                self._move_model_to_device(self.model, self.args.device)
-                get_logger().info(check_sees_video(self.model, self.data_collator([sample])))
+                get_logger().info(check_sees_video(self.model_wrapped, self.data_collator([sample])))
                 return
             self.faults.add([(index, sample["fault"])])
 
@@ -232,7 +234,7 @@ class VideoSFTTrainer(Trainer):
         dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         started = time.perf_counter()
         predictions = self._answer_rows(dataset)
-        samples = [self._scored_sample(dataset, index, text) for index, text in sorted(predictions.items())]
+        samples = [dataset.scored_sample(index, text) for index, text in sorted(predictions.items())]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluate(samples).items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         self._save_predictions(dataset, predictions)
@@ -243,45 +245,21 @@ class VideoSFTTrainer(Trainer):
 
     def _answer_rows(self, dataset: Any) -> dict[int, str]:
         """Answer text per row number, from all processes; a faulty row is counted and answers nothing."""
-        faults = FaultCounter(len(dataset), self.setup.max_bad_fraction)
-        answers: list[tuple[int, str]] = []
         loader = self.get_eval_dataloader(dataset)
-        with self._progress(len(loader)) as bar:
-            for batch in loader:
-                texts = generate_texts(
-                    self.model,
-                    self.processing_class,
-                    batch,
-                    max_new_tokens=self.setup.max_new_tokens,
-                    bf16=self.args.bf16,
-                    synced_gpus=is_deepspeed_zero3_enabled(),
-                )
-                faults.add(batch["faults"])
-                # An all-faulty batch answers for the blank clip: no row number, so zip drops it.
-                answers += list(zip(batch["indices"], texts, strict=False))
-                answers += [(index, "") for index, _ in batch["faults"]]
-                bar.update()
-        return dict(gather_object(answers))
-
-    def _progress(self, total: int) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=total,
-            desc="validation",
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        answers = answer_rows(
+            self.model,
+            self.processing_class,
+            self._progress(loader),
+            max_new_tokens=self.setup.max_new_tokens,
+            bf16=self.args.bf16,
+            synced_gpus=is_deepspeed_zero3_enabled(),
         )
+        FaultCounter(len(dataset), self.setup.max_bad_fraction).add(gather_object(answers.faults))
+        return dict(gather_object(list(answers.texts.items())))
 
-    def _scored_sample(self, dataset: Any, index: int, text: str) -> dict[str, Any]:
-        row = dataset.rows[index]
-        windows = model_windows(row, dataset.data.trim) or ()
-        return {
-            "qid": index,
-            "gt": [list(window) for window in windows],
-            "pred": parse_spans(text, duration=row.duration),
-            "duration": row.duration,
-        }
+    def _progress(self, loader: Any) -> Any:
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        return tqdm(loader, desc="validation", leave=False, disable=hidden)
 
     def _save_predictions(self, dataset: Any, predictions: dict[int, str]) -> None:
         if not self.is_world_process_zero():

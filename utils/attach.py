@@ -9,7 +9,7 @@ path, so it starts with
     if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-(Python had put the script's own folder there.) Only the standard library is imported, because every process pays for it.
+(Python had put the script's own folder there.) Only the standard library is imported: every process pays for it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LOCAL = os.path.join(_ROOT, "datasets")
 
 
 def attach() -> None:
-    """Make the modules of the local `datasets/` importable from Hugging Face's `datasets`. Safe to call at any time, twice too.
+    """Make the modules of the local `datasets/` importable from Hugging Face's `datasets`; can be called at any time.
 
     An imported `datasets` gets the local folder appended to its `__path__`. One that is not imported yet stays so (that
-    takes a second): the root is put in front of Hugging Face's copy on `sys.path`, which makes `datasets/__init__.py` the
-    one that runs and calls this function again. Worker processes inherit `sys.path`, whatever way they are started.
+    takes a second): the root is put in front of Hugging Face's copy on `sys.path`, so that `datasets/__init__.py` is
+    the one that runs, and calls this function again. Worker processes inherit `sys.path`, however they are started.
 
     Raises:
         ModuleNotFoundError: `datasets` is being imported and Hugging Face's package is not installed.

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of: the strict model, the rules between its keys and the error of a bad file.
+"""What every section of a configuration is made of: the strict model, rules between keys, and the error of a bad file.
 
 The sections are in `utils.config` and `utils.config_training`; the wording of their errors in `utils.config_errors`.
 """

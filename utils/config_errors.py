@@ -1,21 +1,25 @@
-"""What is wrong with a configuration, in plain words: `data.fps must be > 0, got -2 (configs/data/video_config.yaml:4)`.
+"""Reading a section, and what is wrong with it in plain words: `data.fps must be > 0, got -2 (configs/data/x.yaml:4)`.
 
-Turns pydantic's errors and the broken rules of a section into `Problem`s. Where a key was written comes from
-`utils.config_yaml`; what the keys mean is in `utils.config`.
+Turns pydantic's errors and the broken rules of a section into `Problem`s, all of them, not the first. Where a key was
+written comes from `utils.config_yaml`; what the keys mean is in `utils.config`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from utils.common import nearest
-from utils.config_base import Broken, RuleError
+from utils.config_base import Broken, RuleError, StrictModel
+from utils.config_trainer import TrainerSection
 from utils.config_yaml import Document, KeyPath, Place, Problem, dotted, shown
 
+Detail = Mapping[str, Any]
+"""One of pydantic's errors: `loc`, `type`, `msg`, `input` and for some types `ctx`."""
 
 _TYPES = {
     "int_type": "must be a whole number",
@@ -32,34 +36,77 @@ _TYPES = {
     "model_attributes_type": "must be a mapping of keys",
     "none_required": "must be null",
 }
-_LIMITS = {"greater_than": (">", "gt"), "greater_than_equal": (">=", "ge"), "less_than": ("<", "lt"), "less_than_equal": ("<=", "le")}
+_LIMITS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
 
 
-def problems_of(error: ValidationError, section: str, model: type[BaseModel], document: Document) -> list[tuple[KeyPath, Problem]]:
-    """The mistakes that `error`, raised by `model`, found in `section`: (path of the key, problem).
+class Finding(NamedTuple):
+    """A problem, and the keys (`section.key`) to leave out so that the rest of the section can be looked at too."""
 
-    The path is `()` for a broken rule between keys.
-    """
-    found: dict[KeyPath, list[Mapping[str, Any]]] = {}
-    problems: list[tuple[KeyPath, Problem]] = []
+    keys: tuple[str, ...]
+    problem: Problem
+
+
+def read_section(
+    name: str, models: Mapping[str, type[StrictModel]], document: Document, found: list[Finding]
+) -> StrictModel:
+    """Section `name` of `document`. What is wrong is added to `found`, and has its default in the section returned."""
+    model, written = models[name], document.values.get(name)
+    if not isinstance(written, dict | None):
+        place = document.place((name,))
+        text = f"{name} must be a mapping of keys, got {shown(written)}{_at([place])}"
+        found.append(Finding((), Problem(text, place)))
+    values = dict(written) if isinstance(written, dict) else {}
+    for key in [key for key in values if key not in model.model_fields]:
+        del values[key]
+        found.append(Finding((f"{name}.{key}",), _no_such_key((name, key), models, document)))
+    while True:
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            wrong = findings(error, name, model, document)
+            found += [finding for finding in wrong if spoilt(found).isdisjoint(finding.keys)]
+            # Without the wrong keys the next round sees the rules between the others, which pydantic asks for last.
+            keys = {key for finding in wrong for key in finding.keys}
+            rest = {key: value for key, value in values.items() if f"{name}.{key}" not in keys}
+            values = rest if len(rest) < len(values) else {}
+
+
+def spoilt(found: Iterable[Finding]) -> set[str]:
+    """The keys something is already said about; a rule that concerns one of them says nothing new."""
+    return {key for finding in found for key in finding.keys}
+
+
+def in_order(found: Iterable[Finding], files: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The texts, each once, by file and line; then the command line, then what has no place."""
+    names = [os.fspath(file) for file in files]
+
+    def rank(problem: Problem) -> tuple[int, int]:
+        if problem.place is None:
+            return len(names) + 1, 0
+        return names.index(problem.place.file) if problem.place.file in names else len(names), problem.place.line or 0
+
+    return list(dict.fromkeys(problem.text for problem in sorted((finding.problem for finding in found), key=rank)))
+
+
+def findings(error: ValidationError, section: str, model: type[BaseModel], document: Document) -> list[Finding]:
+    """What `error`, raised by `model`, found wrong in `section`: values first, or the broken rules between keys."""
+    details: dict[KeyPath, list[Detail]] = {}
+    found: list[Finding] = []
     for detail in error.errors():
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, RuleError):
-            problems += [((), _cited(broken, document)) for broken in cause.broken]
+            found += [Finding(broken.keys, _cited(broken, document)) for broken in cause.broken]
         else:
-            found.setdefault(_path(detail, section, document), []).append(detail)
-    # A value that fits no arm of `list[str] | str` is reported once for each arm; the deepest path is the one to mend.
-    for path in [path for path in found if not any(len(other) > len(path) == _shared(path, other) for other in found)]:
-        problems.append((path, _wrong_value(path, found[path], model, document)))
-    return problems
+            details.setdefault(_path(detail, section, document), []).append(detail)
+    for path in details:
+        # A value that fits no arm of `list[str] | str` is reported once for each arm; the deepest is the one to mend.
+        if not any(other != path and other[: len(path)] == path for other in details):
+            found.append(Finding((dotted(path[:2]),), _wrong_value(path, details[path], model, document)))
+    return found
 
 
-def _shared(path: KeyPath, other: KeyPath) -> int:
-    return next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
-
-
-def _path(detail: Mapping[str, Any], section: str, document: Document) -> KeyPath:
-    """The key an error is about, as the user wrote it: pydantic's location less the union tags and wrapped single items."""
+def _path(detail: Detail, section: str, document: Document) -> KeyPath:
+    """The key an error is about, as the user wrote it: pydantic's location less union tags and wrapped single items."""
     value, path = document.values[section], [section]
     for part in detail["loc"]:
         inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
@@ -71,7 +118,8 @@ def _path(detail: Mapping[str, Any], section: str, document: Document) -> KeyPat
     return tuple(path)
 
 
-def _wrong_value(path: KeyPath, details: Sequence[Mapping[str, Any]], model: type[BaseModel], document: Document) -> Problem:
+def _wrong_value(path: KeyPath, details: Sequence[Detail], model: type[BaseModel], document: Document) -> Problem:
+    """The value of one key that fits none of the types it may have."""
     if any(detail["type"] == "extra_forbidden" for detail in details):
         return unknown_key(path, nested_keys(model, path), document)
     place = document.place(path)
@@ -82,14 +130,14 @@ def _wrong_value(path: KeyPath, details: Sequence[Mapping[str, Any]], model: typ
     return Problem(f"{dotted(path)} {rule}, got {shown(value)}{_at([place])}{_remedy(details, value)}", place)
 
 
-def _rule(detail: Mapping[str, Any]) -> str:
+def _rule(detail: Detail) -> str:
     """What the value must be, from one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _TYPES:
         return _TYPES[kind]
     if kind in _LIMITS:
-        sign, key = _LIMITS[kind]
-        return f"must be {sign} {context[key]:.15g}"
+        (limit,) = context.values()
+        return f"must be {_LIMITS[kind]} {limit:.15g}"
     if kind == "literal_error":
         return f"must be one of {', '.join(_choices(detail))}"
     if kind == "value_error":
@@ -97,33 +145,40 @@ def _rule(detail: Mapping[str, Any]) -> str:
     return str(detail["msg"])[:1].lower() + str(detail["msg"])[1:]
 
 
-def _choices(detail: Mapping[str, Any]) -> list[str]:
+def _choices(detail: Detail) -> list[str]:
     return re.findall(r"'([^']*)'", detail["ctx"]["expected"])
 
 
-def _remedy(details: Sequence[Mapping[str, Any]], value: Any) -> str:
+def _remedy(details: Sequence[Detail], value: Any) -> str:
     kinds = {detail["type"] for detail in details}
     if "literal_error" in kinds and isinstance(value, str):
-        meant = nearest(value, [choice for detail in details if detail["type"] == "literal_error" for choice in _choices(detail)])
+        literals = [detail for detail in details if detail["type"] == "literal_error"]
+        meant = nearest(value, [choice for detail in literals for choice in _choices(detail)])
         return f"; did you mean {meant}?" if meant else ""
     if kinds == {"string_type"} and value is not None and not isinstance(value, list | tuple):
         return "; put it in quotes"
     return ""
 
 
+def _no_such_key(path: tuple[str, str], models: Mapping[str, type[StrictModel]], document: Document) -> Problem:
+    """Why `path` is not a key: refused on purpose, a key of another section, or misspelt."""
+    section, key = path
+    model = models[section]
+    if issubclass(model, TrainerSection) and key in model.REFUSED:
+        place = document.place(path)
+        return Problem(f"{dotted(path)} cannot be set here{_at([place])}; {model.REFUSED[key]}", place)
+    elsewhere = [name for name, other in models.items() if key in other.model_fields]
+    return unknown_key(path, model.model_fields, document, elsewhere)
+
+
 def unknown_key(path: KeyPath, choices: Iterable[str], document: Document, elsewhere: Iterable[str] = ()) -> Problem:
-    """`path` is no key: with the nearest of `choices` (its siblings), or the section among `elsewhere` that has that very key."""
+    """`path` is no key: names the section of `elsewhere` that has that very key, or the nearest of `choices`."""
     place, name = document.place(path), str(path[-1])
     kind = "key" if len(path) > 1 else "section"
     other = next((f"{section}.{name}" for section in elsewhere), None)
     meant = other or nearest(name, choices)
-    return Problem(f"{dotted(path)} is not a {kind}{_at([place])}" + (f"; did you mean {meant}?" if meant else ""), place)
-
-
-def refused_key(path: KeyPath, reason: str, document: Document) -> Problem:
-    """`path` is a Trainer key that this project does not take from a file, and why."""
-    place = document.place(path)
-    return Problem(f"{dotted(path)} cannot be set here{_at([place])}; {reason}", place)
+    hint = f"; did you mean {meant}?" if meant else ""
+    return Problem(f"{dotted(path)} is not a {kind}{_at([place])}{hint}", place)
 
 
 def nested_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
@@ -145,7 +200,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _cited(broken: Broken, document: Document) -> Problem:
     """A broken rule with the places of its keys; keys left at their default have none."""
-    places = [document.place(tuple(key.split("."))) for key in broken.keys]
+    places = [document.places.get(tuple(key.split("."))) for key in broken.keys]
     remedy = f"; {broken.remedy}" if broken.remedy else ""
     return Problem(f"{broken.text}{_at(places)}{remedy}", next((place for place in places if place), None))
 

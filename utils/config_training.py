@@ -1,28 +1,19 @@
-"""The `training` section: this project's own keys, and every `transformers.TrainingArguments` key that makes sense beside them.
+"""The `training` section: this project's own keys beside every `transformers.TrainingArguments` key that makes sense.
 
-The second kind is read from the installed transformers, so a new version brings its keys along; nothing is listed by hand
-but the keys that are refused, with the reason. Reading files is `utils.config`; training is `trainers`.
+The second kind comes from the installed transformers (`utils.config_trainer`). Reading files is `utils.config`;
+training is `trainers`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import json
-import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, create_model, model_serializer
+from pydantic import AfterValidator, Field
 
-from utils.config_base import Broken, ConfigError, Names, StrictModel
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from utils.config_base import Broken, Names
+from utils.config_trainer import TrainerSection
 
 _HUB = "training publishes nothing: upload a finished checkpoint folder with `hf upload`"
 _BEST = "checkpoint-best is always kept by eval/mIoU"
@@ -71,18 +62,17 @@ Updates = Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)]
 """A number of optimizer updates, or below 1 a share of all updates of the run."""
 
 
-class SFTTrainingConfig(StrictModel):
+class SFTTrainingConfig(TrainerSection):
     """How SFT trains. Any other TrainingArguments key may be written beside these, but for the `REFUSED` ones."""
 
     REFUSED: ClassVar[Mapping[str, str]] = REFUSED
-    _own: ClassVar[type[SFTTrainingConfig] | None] = None  # the class that `complete` extended
 
     learning_rate: float = Field(1e-4, ge=0)
     """Peak learning rate of the language LoRA, or of the language weights in full fine-tuning. 0 freezes them."""
     mm_projector_lr: float = Field(1e-5, ge=0)
-    """Peak learning rate of the merger and the deepstack mergers (vision features into the language model). 0 freezes them."""
+    """Peak learning rate of the merger and the deepstack mergers (vision to language model). 0 freezes them."""
     vision_tower_lr: float = Field(0.0, ge=0)
-    """Peak learning rate of the vision blocks. 0 freezes them, which also saves their gradients and optimizer states."""
+    """Peak learning rate of the vision blocks. 0 freezes them, and saves their gradients and optimizer states."""
     head_lr: float = Field(1e-4, ge=0)
     """Peak learning rate of the token embeddings and the output head."""
     per_device_train_batch_size: int = Field(2, ge=1)
@@ -154,160 +144,3 @@ class SFTTrainingConfig(StrictModel):
             text = "training.early_stopping_patience needs validations, and training.eval_strategy is no"
             keys = ("training.early_stopping_patience", "training.eval_strategy")
             yield Broken(keys, text, "set training.eval_strategy: steps, or the patience to null")
-
-    @classmethod
-    def arguments_class(cls) -> type[TrainingArguments]:
-        """The Trainer's own arguments that this section mirrors. Imports transformers, which takes seconds."""
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-
-    @classmethod
-    @lru_cache
-    def complete(cls) -> type[Self]:
-        """This class with a field for every other TrainingArguments key that is not refused. Imports transformers."""
-        arguments = cls.arguments_class()
-        hints = typing.get_type_hints(arguments)
-        extra = {}
-        for field in dataclasses.fields(arguments):
-            hint = yaml_type(hints[field.name], field.metadata)
-            if field.init and hint is not None and field.name not in {*cls.REFUSED, *cls.model_fields}:
-                extra[field.name] = (hint, Field(default_factory=_default_of(field)))
-        model: Any = create_model(f"Complete{cls.__name__}", __base__=cls, __module__=cls.__module__, **_choices(cls, hints), **extra)
-        model._own = cls
-        return model
-
-    def values(self) -> dict[str, Any]:
-        """Every own key, and those of the other keys that somebody set."""
-        own = type(self)._own or type(self)
-        names = [name for name in type(self).model_fields if name in own.model_fields or name in self.model_fields_set]
-        return {name: getattr(self, name) for name in names}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SFTTrainingConfig) and self.values() == other.values()
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a class made at run time cannot be pickled by name
-        return _restore, (type(self)._own or type(self), type(self)._own is not None, self.values())
-
-    @model_serializer(mode="wrap")
-    def _dump_values(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        kept = self.values()
-        return {name: value for name, value in handler(self).items() if name in kept}
-
-    def to_training_arguments(self, output_dir: str | Path, deepspeed: str | Path | None = None, **extra: Any) -> TrainingArguments:
-        """The Trainer's arguments: what the config set, this project's defaults, then `extra` over both.
-
-        Own keys that the Trainer does not know stay here. Raises ConfigError, naming the keys, when TrainingArguments refuses
-        a value, and when the DeepSpeed file is missing or builds its own optimizer.
-        """
-        kind = self.arguments_class()
-        known = {field.name for field in dataclasses.fields(kind) if field.init}
-        if unknown := set(extra) - known:
-            raise TypeError(f"{kind.__name__} has no {sorted(unknown)}")
-        arguments = {**_to_trainer(self.values(), known), "output_dir": str(output_dir), **extra}
-        if deepspeed is not None:
-            arguments["deepspeed"] = check_deepspeed(Path(deepspeed))
-        try:
-            return kind(**arguments)
-        except (ValueError, TypeError, FileNotFoundError) as error:
-            raise ConfigError([_refusal(str(error), arguments, known)]) from error
-
-
-def _restore(own: type[SFTTrainingConfig], complete: bool, values: dict[str, Any]) -> SFTTrainingConfig:
-    return (own.complete() if complete else own)(**values)
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    """A factory of the field's default."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory
-    return lambda: field.default.value if isinstance(field.default, enum.Enum) else field.default
-
-
-def _choices(cls: type[SFTTrainingConfig], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Own fields whose values only the installed transformers knows, narrowed to them."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    places = ("all", "none", *sorted(INTEGRATION_TO_CALLBACK))
-    narrowed = {"report_to": Annotated[tuple[Literal[places], ...], *Names.__metadata__]}  # type: ignore[valid-type]
-    for name, field in cls.model_fields.items():
-        if field.annotation is str and name in hints:
-            narrowed[name] = yaml_type(hints[name], {})
-    return {name: (hint, cls.model_fields[name].default) for name, hint in narrowed.items()}
-
-
-def yaml_type(hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """The part of a TrainingArguments type hint that YAML can express; None when there is none.
-
-    Enumerations and `choices` become literals, so that a misspelt value is refused when the file is read.
-
-    >>> yaml_type(int | None, {}) == Union[int, None]
-    True
-    """
-    arms = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if metadata.get("choices"):
-        literal = Literal[tuple(map(str, metadata["choices"]))]  # type: ignore[valid-type]
-        return literal | None if type(None) in arms else literal  # type: ignore[operator]
-    enums = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, enum.Enum)]
-    if enums:  # `SchedulerType | str`: text is only another way to write a member
-        arms = (Literal[tuple(item.value for arm in enums for item in arm)], *(a for a in arms if a not in (*enums, str)))  # type: ignore[assignment]
-    plain = [arm for arm in map(_plain, arms) if arm is not None]
-    return Union[tuple(plain)] if any(arm is not type(None) for arm in plain) else None
-
-
-def _plain(arm: Any) -> Any:
-    """One arm of a type hint if YAML can express it: scalars, literals, mappings, lists of such; else None."""
-    origin = typing.get_origin(arm)
-    if origin is list:
-        inner = yaml_type(typing.get_args(arm)[0], {})
-        return list[inner] if inner is not None else None  # type: ignore[valid-type]
-    if arm in (str, int, float, bool, type(None)) or origin is Literal:
-        return arm
-    return dict[str, Any] if (origin or arm) is dict else None
-
-
-def _to_trainer(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Own keys in the Trainer's names and types. Which names it has differs between versions of transformers."""
-    steps = values["warmup_steps"]
-    values["warmup_steps"] = values["warmup_ratio"] if steps is None else steps  # below 1 it is a share of the run
-    values["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
-    values |= {"remove_unused_columns": False, "label_names": ["labels"]}
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        if old in values and new in known:  # since transformers 5.2x the old name is deprecated
-            values[new] = values.pop(old)
-    return {name: _trainer_value(value) for name, value in values.items() if name in known}
-
-
-def _trainer_value(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _refusal(message: str, arguments: Mapping[str, Any], known: Iterable[str]) -> str:
-    """TrainingArguments' own message with the keys it is about: those it names, else those whose value it quotes."""
-    words = set(re.findall(r"\w+", message))
-    named = [name for name in sorted(known) if name in words]
-    quoted = [name for name, value in arguments.items() if isinstance(value, str) and value and value in message]
-    keys = ", ".join(f"training.{name}" for name in named or quoted) or "the section training"
-    return f"{keys}: the Trainer refuses the value ({' '.join(message.split())}); change it in the config"
-
-
-def check_deepspeed(path: Path) -> str:
-    """`path` as text, if it is a DeepSpeed file this project can use. Raises ConfigError otherwise.
-
-    An optimizer or scheduler block would replace the parameter groups with their own learning rates.
-    """
-    try:
-        blocks = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"--deepspeed {path} cannot be read ({error.strerror}); configs/deepspeed/ holds two files"]) from error
-    except ValueError as error:
-        raise ConfigError([f"--deepspeed {path} is not valid JSON ({error})"]) from error
-    if not isinstance(blocks, dict):
-        raise ConfigError([f"--deepspeed {path} must hold a mapping, got {type(blocks).__name__}"])
-    if own := [name for name in ("optimizer", "scheduler") if name in blocks]:
-        text = "the learning rates come from the config, one for each group of weights"
-        raise ConfigError([f"--deepspeed {path} must not hold the block {' or '.join(own)}: {text}; remove it"])
-    return str(path)

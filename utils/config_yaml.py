@@ -1,7 +1,7 @@
 """YAML text and command-line overrides as plain values plus the place each key was written (contract 5).
 
-Reads the YAML 1.2 core rules rather than PyYAML's YAML 1.1: `2e-5` is a number, and `no`, `on` and `1:30` are text. What
-the keys mean is left to `utils.config`, the wording of the errors about their values to `utils.config_errors`.
+Reads the YAML 1.2 core rules rather than PyYAML's YAML 1.1: `2e-5` is a number, and `no`, `on` and `1:30` are text.
+What the keys mean is left to `utils.config`, the wording of the errors about their values to `utils.config_errors`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Document:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    complete: bool = True
+    """False when a source could not be read: then what it would have said is not known."""
 
     def place(self, path: KeyPath) -> Place | None:
         """The place of `path`, or of the nearest key that holds it; None for a value nobody wrote (a default)."""
@@ -63,8 +65,8 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-# The YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema). The same table reads and writes, so that the text
-# "2e-5" is quoted when written and stays text when read back.
+# The YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema). The same table reads and writes, so that the
+# text "2e-5" is quoted when written and stays text when read back.
 _RESOLVERS = (
     ("null", r"(?:~|null|Null|NULL|)$", "~nN\0"),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -89,6 +91,14 @@ class _Dumper(yaml.SafeDumper):
         """Indent list items under their key, as in the shipped files."""
         super().increase_indent(flow, False)
 
+    def text(self, value: str) -> yaml.ScalarNode:
+        """Text, in double quotes where it breaks lines: PyYAML's other styles lose some kinds of line break."""
+        style = '"' if re.search("[\n\r\x85\u2028\u2029]", value) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
+
 
 for _class in (_Loader, _Dumper):
     for _name, _pattern, _first in _RESOLVERS:
@@ -103,16 +113,17 @@ def to_yaml(value: Any) -> str:
 
 
 def parse_yaml(text: str, file: str) -> tuple[Any, Document]:
-    """The value of a YAML text (None when there is none), with the places and the problems in a Document without values.
+    """The value of a YAML text (None when there is none), with its places and problems in a Document without values.
 
-    `file` is the name cited in places. Duplicate keys, tags, aliases that hold themselves and syntax errors become problems.
+    `file` is the name cited in places. Duplicate keys, tags, aliases to themselves and wrong syntax are problems.
     """
     document = Document()
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _Builder(file, document).build(node, ())
+        value = None if value is _UNUSABLE else value
     except yaml.YAMLError as error:
-        value = None
+        value, document.complete = None, False
         document.problems.append(_syntax_problem(error, text, file))
     return value, document
 
@@ -126,6 +137,13 @@ def _syntax_problem(error: yaml.YAMLError, text: str, file: str) -> Problem:
         line, reason = text.count("\n", 0, error.position) + 1, f"character {error.character!r}: {error.reason}"
     place = Place(file, line)
     return Problem(f"not valid YAML: {reason} ({place}); check the indentation, the colons and the quotes there", place)
+
+
+_UNUSABLE = object()  # in place of a value that a problem was noted about
+
+
+def _under(path: KeyPath) -> str:
+    return f"under {dotted(path)}" if path else "at the top"
 
 
 class _Builder:
@@ -142,7 +160,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
         if any(node is parent for parent in self.open):
-            return self.complain(node, f"{dotted(path)} holds itself by an alias")
+            return self.complain(self.document.places[path], f"{dotted(path)} holds itself by an alias")
         self.open.append(node)
         value = self.mapping(node, path) if isinstance(node, yaml.MappingNode) else self.sequence(node, path)
         self.open.pop()
@@ -153,20 +171,22 @@ class _Builder:
         value: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.complain(key_node, f"a key under {dotted(path) or 'the top level'} is not a plain word")
+                self.complain(self.place(key_node), f"a key {_under(path)} is not a plain word")
                 continue
             key, here = key_node.value, (*path, key_node.value)
             if key in value:
                 first = self.document.places[here]
-                self.complain(key_node, f"{dotted(here)} is written twice, first at {first}", "; keep one of them")
+                text = f"{dotted(here)} is written twice, first at {first}"
+                self.complain(self.place(key_node), text, "; keep one of them")
                 continue
             self.document.places[here] = self.place(key_node)
             value[key] = self.build(value_node, here)
-        return value
+        return {key: item for key, item in value.items() if item is not _UNUSABLE}
 
     def sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
         """A list."""
-        return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        items = [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        return [item for item in items if item is not _UNUSABLE]
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         """Null, true/false, a number or text."""
@@ -181,25 +201,26 @@ class _Builder:
                 return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
             case "str":
                 return node.value
-        return self.complain(node, f"{dotted(path)} has the tag {node.tag}, which is not used here", "; remove the tag")
+        text = f"{dotted(path) or 'the file'} has the tag {node.tag}, which is not used here"
+        return self.complain(self.place(node), text, "; remove the tag")
 
     def place(self, node: yaml.Node) -> Place:
         """The line of `node`; a value on the command line has no line worth naming."""
         return COMMAND_LINE if self.file == COMMAND_LINE.file else Place(self.file, node.start_mark.line + 1)
 
-    def complain(self, node: yaml.Node, text: str, remedy: str = "") -> None:
-        """Note a problem at `node`."""
-        place = self.place(node)
+    def complain(self, place: Place, text: str, remedy: str = "") -> Any:
+        """Note a problem, and give the value to leave out."""
         self.document.problems.append(Problem(f"{text} ({place}){remedy}", place))
+        return _UNUSABLE
 
 
 def read_file(path: Path, sections: Sequence[str]) -> Document:
-    """The sections of one YAML file. A file that cannot be read, is empty or is no mapping is a problem, not an exception."""
-    wanted = f"the sections {', '.join(sections)}" if len(sections) > 1 else f"the section {sections[0]}"
+    """The sections of one YAML file. A file that cannot be read or holds no mapping is a problem, not an exception."""
+    wanted = f"it must hold {'some of the sections' if len(sections) > 1 else 'the section'} {', '.join(sections)}"
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: some editors put a byte-order mark first
     except FileNotFoundError:
-        return _failed(f"{path} does not exist; give the path of a YAML file that holds some of {wanted}", path)
+        return _failed(f"{path} does not exist; give the path of a YAML file: {wanted}", path)
     except UnicodeDecodeError as error:
         return _failed(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8", path)
     except OSError as error:
@@ -208,14 +229,14 @@ def read_file(path: Path, sections: Sequence[str]) -> Document:
     if isinstance(value, dict):
         document.values = value
     elif value is None and not document.problems:
-        return _failed(f"{path} is empty; it must hold some of {wanted}", path)
+        return _failed(f"{path} is empty; {wanted}", path)
     elif value is not None:
-        return _failed(f"{path} must be a mapping that holds some of {wanted}, got {shown(value)}", path)
+        return _failed(f"{path} is not a mapping but {shown(value)}; {wanted}", path)
     return document
 
 
 def _failed(text: str, path: Path) -> Document:
-    return Document(problems=[Problem(text, Place(str(path)))])
+    return Document(problems=[Problem(text, Place(str(path)))], complete=False)
 
 
 def merge(documents: Sequence[Document]) -> Document:
@@ -223,6 +244,7 @@ def merge(documents: Sequence[Document]) -> Document:
     merged = Document()
     for document in documents:
         merged.problems += document.problems
+        merged.complete &= document.complete
         for section, value in document.values.items():
             place = document.places[(section,)]
             if section in merged.values:
@@ -254,14 +276,18 @@ def _apply(document: Document, override: str) -> Iterator[str]:
     elif value is None and not text.strip():
         yield f"{name} has no value (command line); write {name}=null for none"
     elif (holder := _holder(document.values, path)) is None:
-        yield f"{name} cannot be set alone (command line): what holds it is not a mapping; give the whole value"
+        outer = name.rpartition(".")[0]
+        yield (
+            f"{name} cannot be set alone (command line): what holds it is not a mapping; "
+            f"give the whole value, {outer}=..."
+        )
     else:
         holder[path[-1]] = value
         _move_places(document, path, parsed.places)
 
 
 def _holder(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
-    """The mapping that holds the last key of `path`, made where it is missing; None when a value on the way is no mapping."""
+    """The mapping that holds the last key of `path`, made where it is missing; None when something else is there."""
     for key in path[:-1]:
         if values.get(key) is None:
             values[key] = {}

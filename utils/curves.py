@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils.common import UserError, atomic_open
-from utils.logging_utils import read_metrics
+from utils.logging_utils import get_logger, read_metrics
 
 INK = "#1f2328"
 MUTED = "#656d76"
@@ -75,9 +76,27 @@ def save_figure(figure: Figure, output_path: str | os.PathLike[str], *, dpi: int
     path = Path(output_path)
     kind = figure_format(path)
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    with atomic_open(path, "wb") as handle:
+    with figure_style(), _one_line_for_missing_glyphs(path), atomic_open(path, "wb") as handle:
         figure.savefig(handle, format=kind, dpi=dpi, metadata=undated)
     return path
+
+
+@contextmanager
+def _one_line_for_missing_glyphs(path: Path) -> Iterator[None]:
+    """Matplotlib warns once for every character that no font has; say it once, with the remedy."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    glyphs = [warning for warning in caught if "missing from font" in str(warning.message)]
+    for warning in caught:
+        if warning not in glyphs:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if glyphs:
+        get_logger().warning(
+            "%s: no installed font has some of its characters, they are shown as boxes; for Chinese, Japanese or "
+            "Korean install a Noto Sans CJK font",
+            path,
+        )
 
 
 def figure_format(path: str | os.PathLike[str]) -> str:
@@ -115,7 +134,7 @@ class Panel:
 
 PANELS = (
     Panel("Training loss", "loss", ("train/loss",), smooth=True),
-    Panel("Learning rate", "per parameter group", ("train/learning_rate/",), log_if_apart=True),
+    Panel("Learning rate", "per parameter group", ("train/learning_rate/",), from_zero=True, log_if_apart=True),
     Panel(
         "Validation", "%", ("eval/mIoU", "eval/R1@0.5", "eval/R1@0.3", "eval/R1@0.7"),
         mark_best=("eval/mIoU", "eval/R1@0.5"), from_zero=True,
@@ -165,8 +184,8 @@ def smoothed(values: Sequence[float], sigma: float | None = None) -> list[float]
 
     `sigma` is in values, by default a fiftieth of the curve.
 
-    >>> smoothed([3.0, 3.0, 3.0])
-    [3.0, 3.0, 3.0]
+    >>> [round(value, 3) for value in smoothed([0.0, 0.0, 3.0, 0.0, 0.0], sigma=1.0)]
+    [0.232, 0.771, 1.208, 0.771, 0.232]
     """
     width = max(1.0, len(values) / 50) if sigma is None else sigma
     reach = min(len(values) - 1, math.ceil(4 * width))
@@ -205,7 +224,7 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Series]) -> None:
         _use_log_scale(axes, lines)
     elif panel.from_zero:
         axes.set_ylim(0, 1.15 * highest if highest > 0 else 1.0)
-    if len(panel.metrics) > 1:
+    if len(panel.metrics) > 1 or panel.metrics[0].endswith("/"):  # the title alone does not name the line
         axes.legend(fontsize=10.5, loc="best", labelcolor=INK)
 
 

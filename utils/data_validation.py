@@ -1,10 +1,11 @@
 """Check annotation files before a run, and repair them under an explicit policy.
 
-    python -m utils.data_validation --annotations train.jsonl [--against test.jsonl] [--probe_videos] [--report out.json]
+    python -m utils.data_validation --annotations train.jsonl [--against test.jsonl] [--probe_videos] [--report r.json]
     python -m utils.data_validation --annotations train.jsonl --fix clean.jsonl --policy end_past_duration=clip
 
-What a row means by itself is `utils.rows`; this file adds what needs other rows (duplicates, train against test, the trim
-readings) or the videos. Exit status: 0 clean (warnings allowed), 1 errors (with --fix: left in the repaired copy), 2 usage.
+What a row means by itself is `utils.rows`; this file adds what needs other rows (duplicates, train against test, the
+trim readings) or the videos. Exit status: 0 clean (warnings allowed), 1 errors (with --fix: left in the repaired
+copy), 2 usage.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,7 +52,7 @@ MAX_FIX_PASSES = 5
 Edit = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-# ------------------------------------------------------------------------------------------------------------------ kinds
+# ---- kinds
 
 
 def _edit_windows(record: dict[str, Any], edit: Callable[[float, float], tuple[float, float]]) -> dict[str, Any]:
@@ -80,11 +81,13 @@ def _clip_to_trim(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class Kind(NamedTuple):
-    """What a kind of problem means, whether it fails the check, and the repairs that make sense for it besides `drop`."""
+    """What a kind of problem means, whether it fails the check, and the repairs that make sense for it besides
+    `drop`."""
 
     meaning: str
     is_error: bool = True
-    repairs: dict[str, Edit | None] = {}  # noqa: RUF012  None: done by `_clip_to_duration`, which needs the trim reading
+    repairs: Mapping[str, Edit | None] = {}
+    """By action; None is `_clip_to_duration`, which needs the trim reading."""
 
 
 KINDS: dict[str, Kind] = {
@@ -97,7 +100,9 @@ KINDS: dict[str, Kind] = {
     "non_finite": Kind("NaN, Infinity or a number too large for a float"),
     "bad_text": Kind("text that no UTF-8 file or path can hold"),
     "empty_sentence": Kind("nothing to look for"),
-    "outer_space": Kind("the sentence begins or ends with white space", is_error=False, repairs={"clip": _strip_sentence}),
+    "outer_space": Kind(
+        "the sentence begins or ends with white space", is_error=False, repairs={"clip": _strip_sentence}
+    ),
     "bad_duration": Kind("duration is not > 0"),
     "start_ge_end": Kind("a window does not start before it ends", repairs={"swap": _swap_ends}),
     "negative_start": Kind("a window starts before 0", repairs={"clip": _clip_negative}),
@@ -171,7 +176,7 @@ class Report:
         return len({(p.file, p.line) for p in self.problems if KINDS[p.kind].is_error})
 
 
-# ----------------------------------------------------------------------------------------------------------------- checks
+# ---- checks
 
 
 class Checker:
@@ -180,7 +185,8 @@ class Checker:
     def __init__(self, options: Options, against: Sequence[Row] = ()) -> None:
         self.options = options
         self.path_of = cache(lambda folder, video: _find_video(folder, video, options.videos_root))
-        self.probed: dict[Path, VideoInfo | str] = {}  # a string is why it cannot be read
+        self.name_of = cache(lambda path, video: os.path.realpath(path) if path.exists() else os.path.normpath(video))
+        self.probed: dict[Path, VideoInfo | Finding] = {}
         self.against_videos = self._first_by(against, self.video_of)
         self.against_pairs = self._first_by(against, self._pair_of)
 
@@ -196,15 +202,24 @@ class Checker:
         earlier: dict[Any, Row] = {}
         problems: list[RowProblem] = []
         for entry in entries:
-            findings = entry.findings or self._row_findings(entry.row, others, earlier)
+            findings = self._row_findings(entry.row, others, earlier) if entry.row else self._bad_findings(entry)
             problems += [RowProblem(entry.file, entry.line, kind, message) for kind, message in findings]
         readings = trim_readings(rows, file_duration=length_of, tolerance=options.tolerance)
-        return Report(len(entries), len({self.video_of(row) for row in rows}), problems, readings)
+        return Report(len(entries), self._num_videos(entries), problems, readings)
 
     def video_of(self, row: Row) -> str:
         """What makes two rows' videos the same: the real path of a file that is there, else the path as written."""
-        path = self._path(row)
-        return os.path.realpath(path) if path.exists() else os.path.normpath(row.video)
+        return self.name_of(self._path(row), row.video)
+
+    def _num_videos(self, entries: Sequence[Entry]) -> int:
+        """Videos that any row names, be the row good or bad."""
+        names = {self.video_of(entry.row) for entry in entries if entry.row is not None}
+        for entry in entries:
+            if entry.row is None and entry.record is not None and isinstance(entry.record.get("video"), str):
+                video = entry.record["video"]
+                path = self.path_of(str(Path(entry.file).parent), video)
+                names.add(self.name_of(path, video))
+        return len(names)
 
     def _path(self, row: Row) -> Path:
         return self.path_of(str(Path(row.file).parent), row.video)
@@ -219,8 +234,14 @@ class Checker:
             first.setdefault(key(row), row)
         return first
 
-    def _row_findings(self, row: Row | None, others: Mapping[int, list[str]], earlier: dict[Any, Row]) -> Iterator[Finding]:
-        assert row is not None
+    def _bad_findings(self, entry: Entry) -> Iterator[Finding]:
+        yield from entry.findings
+        if entry.record is not None and {kind for kind, _ in entry.findings} <= {"start_ge_end", "negative_start"}:
+            # one fault must not hide another: an end can be past the duration whichever way round its window is
+            row = record_to_row(entry.record, entry.file, entry.line)
+            yield from (found for found in clip_findings(row, self.options.trim) if found[0] == "end_past_duration")
+
+    def _row_findings(self, row: Row, others: Mapping[int, list[str]], earlier: dict[Any, Row]) -> Iterator[Finding]:
         if row.sentence != row.sentence.strip():
             yield "outer_space", "`sentence` begins or ends with white space"
         yield from self._trim_length(row)
@@ -236,17 +257,23 @@ class Checker:
         bounds = clip_bounds(row, self.options.trim)
         if bounds is not None and abs(bounds[1] - bounds[0] - row.duration) > self.options.tolerance:
             length = f"{bounds[1] - bounds[0]:.3f} s"
-            yield "trim_length", f"`duration` is {row.duration:g} s, but the stretch from {bounds[0]:g} to {bounds[1]:g} is {length}"
+            yield (
+                "trim_length",
+                f"`duration` is {row.duration:g} s, but the stretch from {bounds[0]:g} to {bounds[1]:g} is {length}",
+            )
 
     def _video_findings(self, row: Row) -> Iterator[Finding]:
         path = self._path(row)
         info = self.probed[path]
-        if isinstance(info, str):
-            yield "unreadable_video" if path.exists() else "missing_video", info
+        if isinstance(info, tuple):
+            yield info
             return
         bounds, tolerance = clip_bounds(row, self.options.trim), self.options.tolerance
         if bounds is not None and bounds[1] > info.duration_s + tolerance:
-            yield "trim_outside_file", f"the stretch ends at {bounds[1]:g} s, but {path} is {info.duration_s:.3f} s long"
+            yield (
+                "trim_outside_file",
+                f"the stretch ends at {bounds[1]:g} s, but {path} is {info.duration_s:.3f} s long",
+            )
         if bounds is None and abs(info.duration_s - row.duration) > tolerance:
             yield "duration_mismatch", f"`duration` is {row.duration:g} s, but {path} is {info.duration_s:.3f} s long"
 
@@ -262,7 +289,7 @@ class Checker:
 
     def _file_duration(self, row: Row) -> float | None:
         info = self.probed.get(self._path(row))
-        return None if info is None or isinstance(info, str) else info.duration_s
+        return None if info is None or isinstance(info, tuple) else info.duration_s
 
     def _probe(self, paths: Iterable[Path]) -> None:
         from tqdm import tqdm
@@ -285,15 +312,15 @@ def _find_video(folder: str, video: str, videos_root: Path | None) -> Path:
     return resolve_video(row, videos_root)
 
 
-def _probe_one(path: Path) -> VideoInfo | str:
+def _probe_one(path: Path) -> VideoInfo | Finding:
     from utils.video import VideoReadError, probe_video
 
     if not path.exists():
-        return f"no such video: {path}"
+        return "missing_video", f"no such video: {path}"
     try:
         return probe_video(path)
     except VideoReadError as error:
-        return str(error)
+        return "unreadable_video", str(error)
 
 
 def read_entries(files: Iterable[str | os.PathLike[str]]) -> list[Entry]:
@@ -312,7 +339,7 @@ def validate(
     return Checker(options, others).check(read_entries(files))
 
 
-# ------------------------------------------------------------------------------------------------------------------ fixing
+# ---- fixing
 
 
 @dataclass
@@ -326,7 +353,8 @@ class Fix:
 
 
 def parse_policies(items: Sequence[str]) -> dict[str, str]:
-    """`["end_past_duration=clip"]` as a dict. Raises UserError for a kind that is unknown or an action it does not have."""
+    """`["end_past_duration=clip"]` as a dict. Raises UserError for a kind that is unknown or an action it does not
+    have."""
     policies: dict[str, str] = {}
     for item in items:
         kind, _, action = item.partition("=")
@@ -347,14 +375,17 @@ def parse_policies(items: Sequence[str]) -> dict[str, str]:
 
 
 def fix_entries(entries: Sequence[Entry], policies: Mapping[str, str], checker: Checker) -> Fix:
-    """Apply the policies until nothing changes. A row with a `drop` kind goes; else each of its repairs is tried in turn."""
+    """Apply the policies until nothing changes. A row with a `drop` kind goes; else each of its repairs is tried in
+    turn."""
     fix = Fix(list(entries), checker.check(entries))
     for _ in range(MAX_FIX_PASSES):
         kinds_of = defaultdict(set)
         for problem in fix.report.problems:
             kinds_of[problem.file, problem.line].add(problem.kind)
         before = fix.entries
-        fix.entries = [new for old in before if (new := _fix_one(old, kinds_of[old.file, old.line], policies, fix, checker))]
+        fix.entries = [
+            new for old in before if (new := _fix_one(old, kinds_of[old.file, old.line], policies, fix, checker))
+        ]
         if len(fix.entries) == len(before) and all(map(lambda new, old: new is old, fix.entries, before)):
             break
         fix.report = checker.check(fix.entries)
@@ -388,8 +419,8 @@ def _clip_to_duration(trim: Trim) -> Edit:
 
 
 def write_fixed(out: Path, entries: Sequence[Entry], inputs: Sequence[Path]) -> None:
-    """Write the repaired copy, atomically; untouched lines keep their text. Raises UserError before it would overwrite an
-    input or leave an empty file."""
+    """Write the repaired copy, atomically; untouched lines keep their text. Raises UserError before it would
+    overwrite an input or leave an empty file."""
     if any(out.exists() and path.exists() and os.path.samefile(out, path) for path in inputs):
         raise UserError(f"--fix {out}: this is an input; the repaired copy needs a name of its own")
     if not entries:
@@ -398,7 +429,7 @@ def write_fixed(out: Path, entries: Sequence[Entry], inputs: Sequence[Path]) -> 
         handle.writelines(entry.text + "\n" for entry in entries)
 
 
-# ----------------------------------------------------------------------------------------------------------------- output
+# ---- output
 
 
 def report_as_json(report: Report, files: Sequence[str], fix: Fix | None = None) -> dict[str, Any]:
@@ -425,7 +456,13 @@ def report_as_json(report: Report, files: Sequence[str], fix: Fix | None = None)
 
 def _problem_as_json(problem: RowProblem) -> dict[str, Any]:
     level = "error" if KINDS[problem.kind].is_error else "warning"
-    return {"file": problem.file, "line": problem.line, "kind": problem.kind, "level": level, "message": problem.message}
+    return {
+        "file": problem.file,
+        "line": problem.line,
+        "kind": problem.kind,
+        "level": level,
+        "message": problem.message,
+    }
 
 
 def render(report: Report, max_examples: int) -> str:
@@ -447,11 +484,12 @@ def render(report: Report, max_examples: int) -> str:
 def render_fix(fix: Fix, policies: Mapping[str, str], out: Path) -> str:
     """What the repair did, per policy, and what is left."""
     lines = [f"\n{out}: {fix.report.num_rows} rows written", "  kind               policy  changed  dropped     left"]
-    left = fix.report.counts
+    left = Counter(fix.report.counts)
     for kind in KINDS:
-        if kind in policies or kind in left:
+        if kind in policies or left[kind]:
             action = policies[kind] if kind in policies else "-"
-            lines.append(f"  {kind:<18} {action:<6} {fix.changed[kind]:>8} {fix.dropped[kind]:>8} {left[kind] if kind in left else 0:>8}")
+            numbers = (fix.changed[kind], fix.dropped[kind], left[kind])
+            lines.append(f"  {kind:<18} {action:<6}" + "".join(f" {number:>8}" for number in numbers))
     return "\n".join(lines)
 
 
@@ -462,24 +500,41 @@ def verdict(report: Report, probed: bool) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    width = max(map(len, KINDS))
-    kinds = "\n".join(f"  {name:<{width}} {'|'.join(['drop', *kind.repairs]):<10} {kind.meaning}" for name, kind in KINDS.items())
+    rows = ((name, "|".join(["drop", *kind.repairs]), kind.meaning) for name, kind in KINDS.items())
+    kinds = "\n".join(f"  {name:<18} {actions:<10} {meaning}" for name, actions, meaning in rows)
     parser = argparse.ArgumentParser(
         prog="python -m utils.data_validation",
         description=f"Check JSONL annotations; a row holds {', '.join(FIELDS)}.",
         epilog=f"kinds of problems and the policies they take:\n{kinds}\n\nexit status: 0 clean, 1 errors, 2 usage",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotations", nargs="+", required=True, metavar="F", type=Path, help="files to check, as one set")
-    parser.add_argument("--against", nargs="+", default=[], metavar="F", type=Path, help="test files that must share no pair")
-    parser.add_argument("--videos_root", type=Path, help="folder that relative video paths are looked up in first")
-    parser.add_argument("--trim", choices=TRIM_READINGS, default="relative", help="what timestamps of trimmed rows count from")
-    parser.add_argument("--probe_videos", action="store_true", help="open every video")
-    parser.add_argument("--tolerance", type=float, default=TRIM_TOLERANCE_S, help="seconds a length may be off (%(default)s)")
-    parser.add_argument("--report", type=Path, metavar="OUT.json", help="write every problem as JSON")
-    parser.add_argument("--fix", type=Path, metavar="OUT.jsonl", help="write a repaired copy (one input file)")
-    parser.add_argument("--policy", nargs="+", default=[], action="extend", metavar="KIND=ACTION", help="drop, clip or swap")
-    parser.add_argument("--max_examples", type=int, default=3, help="examples shown per kind (%(default)s)")
+    add = parser.add_argument
+    add(
+        "--annotations",
+        nargs="+",
+        required=True,
+        action="extend",
+        metavar="F",
+        type=Path,
+        help="files to check, as a set",
+    )
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="F",
+        type=Path,
+        help="test files: nothing is shared",
+    )
+    add("--videos_root", type=Path, help="folder in which relative video paths are looked up first")
+    add("--trim", choices=TRIM_READINGS, default="relative", help="what the times of trimmed rows count from")
+    add("--probe_videos", action="store_true", help="open every video")
+    add("--tolerance", type=float, default=TRIM_TOLERANCE_S, help="seconds a length may be off (%(default)s)")
+    add("--report", type=Path, metavar="OUT.json", help="write every problem as JSON")
+    add("--fix", type=Path, metavar="OUT.jsonl", help="write a repaired copy (one input file)")
+    add("--policy", nargs="+", default=[], action="extend", metavar="KIND=ACTION", help="drop, clip or swap, per kind")
+    add("--max_examples", type=int, default=3, help="examples shown per kind (%(default)s)")
     return parser
 
 
@@ -501,21 +556,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     policies = _check_usage(args)
     options = Options(args.videos_root, args.trim, args.probe_videos, args.tolerance)
-    against = [entry.row for entry in read_entries(args.against) if entry.row is not None]
-    checker = Checker(options, against)
-    entries = read_entries(args.annotations)
+    entries, against = read_entries(args.annotations), read_entries(args.against)
+    checker = Checker(options, [entry.row for entry in against if entry.row is not None])
     report = result = checker.check(entries)
     _say(render(report, args.max_examples))
+    if num_bad := sum(entry.row is None for entry in against):
+        _say(f"\n{num_bad} bad rows of the --against files were not compared; check those files too")
     fix = None
     if args.fix:
         fix = fix_entries(entries, policies, checker)
         write_fixed(args.fix, fix.entries, [*args.annotations, *args.against])
         result = fix.report
         _say(render_fix(fix, policies, args.fix))
+        _say_if_moved(fix, args.fix, options)
     if args.report:
         write_json(args.report, report_as_json(report, [str(path) for path in args.annotations], fix))
     _say("\n" + verdict(result, args.probe_videos))
     return 1 if result.num_errors else 0
+
+
+def _say_if_moved(fix: Fix, out: Path, options: Options) -> None:
+    """Relative paths resolve beside the annotation file, so a copy in another folder may lose its videos."""
+    rows = [entry.row for entry in fix.entries if entry.row is not None]
+    lost = [
+        row
+        for row in rows
+        if resolve_video(row, options.videos_root).exists()
+        and not resolve_video(replace(row, file=str(out)), options.videos_root).exists()
+    ]
+    if lost:
+        folder = Path(lost[0].file).parent
+        advice = f"move {out.name} there, or set data.videos_root to that folder"
+        _say(f"note: {len(lost)} relative video paths count from {folder}; {advice}")
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,9 @@
 """Annotation rows: the JSONL format, its one normaliser for reading and writing, and the readings of trimmed rows.
 
-A row is `{"video", "duration", "timestamp", "sentence", "video_start", "video_end", "kwargs"}`; the first four are required.
-Times are seconds. `duration` is the length of the labelled stretch. `timestamp` is `[start, end]`, `[[start, end], ...]` for
-several windows (kept sorted), `null` for a row without a label and `[]` for "labelled: the event does not happen".
-`kwargs` is the user's own and passes through untouched.
+A row is `{"video", "duration", "timestamp", "sentence", "video_start", "video_end", "kwargs"}`; the first four are
+required. Times are seconds. `duration` is the length of the labelled stretch. `timestamp` is `[start, end]`,
+`[[start, end], ...]` for several windows (kept sorted), `null` for a row without a label and `[]` for "labelled: the
+event does not happen". `kwargs` is the user's own and passes through untouched.
 
 Owns what one row means on its own. Checks that need other rows or the videos are in `utils.data_validation`.
 """
@@ -31,8 +31,8 @@ REQUIRED_FIELDS = ("video", "duration", "timestamp", "sentence")
 FIELDS = (*REQUIRED_FIELDS, "video_start", "video_end", "kwargs")
 
 Trim = Literal["relative", "absolute", "pre_cut"]
-"""What the times of a row with `video_start`/`video_end` count from: the clip's start, the file's start, or a file that is
-already the clip (both fields are ignored)."""
+"""What the times of a row with `video_start`/`video_end` count from: the clip's start, the file's start, or a file
+that is already the clip (both fields are ignored)."""
 TRIM_READINGS: tuple[str, ...] = get_args(Trim)
 
 TRIM_TOLERANCE_S = 0.5
@@ -63,7 +63,8 @@ class Row:
 
 @dataclass(frozen=True)
 class RowProblem:
-    """One fault of one row. `kind` is a stable slug (the list is `utils.data_validation.KINDS`); `line` counts from 1."""
+    """One fault of one row. `kind` is a stable slug (the list is `utils.data_validation.KINDS`); `line` counts from
+    1."""
 
     file: str
     line: int
@@ -92,7 +93,7 @@ class Source(Protocol):
     def weight(self) -> float: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[RowProblem]]:
@@ -115,7 +116,8 @@ def read_raw_rows(path: str | os.PathLike[str]) -> list[RawRow]:
     text = _read_text(Path(path))
     # not str.splitlines(): U+2028 and its like are legal inside a JSON string
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    stripped = (line.strip().lstrip("\ufeff") for line in lines)  # joined files keep their byte order marks inside
+    numbered = [(number, line) for number, line in enumerate(stripped, start=1) if line]
     if not numbered:
         raise UserError(f"{path}: the file holds no rows; expected one JSON object per line with {', '.join(FIELDS)}")
     _refuse_one_document(path, numbered[0][1])
@@ -127,9 +129,13 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         hint = _similar_file(path)
-        raise UserError(f"{path}: no such annotation file; {hint}check data.train, data.val, data.test or --annotations") from None
+        raise UserError(
+            f"{path}: no such annotation file; {hint}check data.train, data.val, data.test or --annotations"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: the annotation file cannot be read ({error.strerror}); give a readable .jsonl file") from None
+        raise UserError(
+            f"{path}: the annotation file cannot be read ({error.strerror}); give a readable .jsonl file"
+        ) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -154,7 +160,9 @@ def _refuse_one_document(path: str | os.PathLike[str], first_line: str) -> None:
             f"python -c \"import json; [print(json.dumps(r)) for r in json.load(open('{path}'))]\" > rows.jsonl"
         )
     if first_line == "{":
-        raise UserError(f"{path}: one JSON object spread over several lines; JSON lines need each object on a line of its own")
+        raise UserError(
+            f"{path}: one JSON object spread over several lines; JSON lines need each object on a line of its own"
+        )
 
 
 def _parse_line(text: str) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -177,7 +185,7 @@ def _parse_line(text: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     return value, check_record(value)
 
 
-# --------------------------------------------------------------------------------------------------------------- checking
+# ---- checking
 
 
 def check_record(record: Mapping[str, Any]) -> list[Finding]:
@@ -191,7 +199,9 @@ def check_record(record: Mapping[str, Any]) -> list[Finding]:
 def _field_findings(record: Mapping[str, Any]) -> Iterator[Finding]:
     for name in REQUIRED_FIELDS:
         if name not in record:
-            rule = "null when there is no label, [] when the event is absent" if name == "timestamp" else "it is required"
+            rule = (
+                "null when there is no label, [] when the event is absent" if name == "timestamp" else "it is required"
+            )
             yield "missing_field", f"`{name}` is missing; {rule}"
     for name in record:
         if name not in FIELDS:
@@ -280,14 +290,14 @@ def _is_timestamp(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    return _cut(json.dumps(value, ensure_ascii=True))
+    return _cut(json.dumps(value, ensure_ascii=True, default=str))
 
 
 def _cut(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-# ------------------------------------------------------------------------------------------------------------- normaliser
+# ---- normaliser
 
 
 def windows_of(timestamp: Any) -> tuple[Span, ...] | None:
@@ -319,7 +329,8 @@ def record_to_row(record: Mapping[str, Any], file: str = "", line: int = 0) -> R
 
 
 def row_to_record(row: Row) -> dict[str, Any]:
-    """The seven fields of a row in their written form: `[s, e]` for one window, a list of lists for several, none omitted.
+    """The seven fields of a row in their written form: `[s, e]` for one window, a list of lists for several, none
+    omitted.
 
     Reading the record back gives the same row (but for `file` and `line`).
     """
@@ -336,7 +347,8 @@ def row_to_record(row: Row) -> dict[str, Any]:
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
-    """Write rows as JSONL, atomically. Raises UserError for a row that `read_rows` would refuse, and writes nothing then."""
+    """Write rows as JSONL, atomically. Raises UserError for a row that `read_rows` would refuse, and writes nothing
+    then."""
     with atomic_open(path) as handle:
         for number, row in enumerate(rows, start=1):
             record = row_to_record(row)
@@ -353,21 +365,23 @@ def dump_record(record: Mapping[str, Any]) -> str:
         raise UserError(f"`kwargs` must hold plain JSON values: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ whole files
+# ---- whole files
 
 
 def load_annotations(
     sources: Sequence[Source], *, max_bad_fraction: float, trim: Trim | None = None, seed: int = 0
 ) -> list[Row]:
-    """All good rows of all sources, in order, each source repeated by its weight; bad rows are named and counted in the log.
+    """All good rows of all sources, in order, each source repeated by its weight; bad rows are named and counted in
+    the log.
 
-    Weight 2.0 gives every row twice, 0.5 a seeded half of them, 1.5 all of them once and a seeded half again (never less
-    than one row). The same sources and `seed` give the same rows.
+    Weight 2.0 gives every row twice, 0.5 a seeded half of them, 1.5 all of them once and a seeded half again (never
+    less than one row). The same sources and `seed` give the same rows.
     With `trim`, windows are checked on the clip's clock too: a window that starts outside its clip makes the row bad, a
-    window that only ends past it is counted in a warning, and `check_trim` decides whether the reading is the right one.
+    window that only ends past it is counted in a warning, and `check_trim` decides whether the reading is the right
+    one.
 
-    Raises UserError when a file cannot be read at all, when the bad rows are more than `max_bad_fraction` of all rows, when
-    all are bad, or when rows fit only another trim reading.
+    Raises UserError when a file cannot be read at all, when the bad rows are more than `max_bad_fraction` of all
+    rows, when all are bad, or when rows fit only another trim reading.
     """
     rows: list[Row] = []
     problems: list[RowProblem] = []
@@ -400,14 +414,17 @@ def _split_by_clip(rows: list[Row], trim: Trim) -> tuple[list[Row], list[RowProb
     num_past_end = 0
     for row in rows:
         findings = dict(clip_findings(row, trim))
-        num_past_end += findings.pop("end_past_duration", None) is not None
+        past_end = findings.pop("end_past_duration", None)
         problems += [RowProblem(row.file, row.line, kind, message) for kind, message in findings.items()]
         if not findings:
             good.append(row)
+            num_past_end += past_end is not None
     if num_past_end:
         fix = f"{_command(rows[0].file)} --fix OUT.jsonl --policy end_past_duration=clip"
         where = f"{rows[0].file}: {num_past_end} of {len(rows)} rows"
-        log.warning("%s have a window that ends past the duration; they are kept as they are. Clip them with: %s", where, fix)
+        log.warning(
+            "%s have a window that ends past the duration; they are kept as they are. Clip them with: %s", where, fix
+        )
     return good, problems
 
 
@@ -448,7 +465,7 @@ def resolve_video(row: Row, videos_root: str | os.PathLike[str] | None = None) -
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------- trim
+# ---- trim
 
 
 def clip_bounds(row: Row, trim: Trim) -> tuple[float, float] | None:
@@ -464,8 +481,8 @@ def clip_bounds(row: Row, trim: Trim) -> tuple[float, float] | None:
 
 
 def model_windows(row: Row, trim: Trim) -> tuple[Span, ...] | None:
-    """The labelled windows on the clip's clock (0 at the first decoded moment), as the model is taught them; None without
-    a label, () for labelled absent. Only the reading `absolute` moves them; nothing is clipped.
+    """The labelled windows on the clip's clock (0 at the first decoded moment), as the model is taught them; None
+    without a label, () for labelled absent. Only the reading `absolute` moves them; nothing is clipped.
     """
     bounds = clip_bounds(row, trim)
     if row.timestamp is None or bounds is None or trim != "absolute":
@@ -480,17 +497,17 @@ def to_file_clock(span: Span, row: Row, trim: Trim) -> Span:
 
 
 def clip_findings(row: Row, trim: Trim) -> list[Finding]:
-    """Windows that do not lie in the clip: `window_outside`, `start_before_clip` or `end_past_duration`."""
+    """Windows that do not lie in the clip: `window_outside` (nothing of it does), `start_before_clip`,
+    `end_past_duration`."""
     findings: list[Finding] = []
     for start, end in model_windows(row, trim) or ():
-        shown = f"window [{start:g}, {end:g}] (on the clip's clock)"
+        shown = f"window [{start:g}, {end:g}] on the clip's clock"
         if start >= row.duration or end <= 0:
-            findings.append(("window_outside", f"{shown} is outside the clip of {row.duration:g} s"))
-            continue
-        if start < 0:
+            findings.append(("window_outside", f"{shown} lies outside the clip of {row.duration:g} s"))
+        elif start < 0:
             findings.append(("start_before_clip", f"{shown} starts before the clip"))
         if end > row.duration + ROUNDING_S:
-            findings.append(("end_past_duration", f"{shown} ends past the duration {row.duration:g} s"))
+            findings.append(("end_past_duration", f"{shown} ends past the duration of {row.duration:g} s"))
     return findings
 
 
@@ -503,9 +520,10 @@ def trim_readings(
 ) -> dict[str, int]:
     """How many of the rows with trim fields and windows (`trimmed`) fit each reading. A row can fit several.
 
-    relative: every window lies in [0, video_end - video_start]. absolute: in [video_start, video_end]. Both: `video_end`
-    lies in the file, where it was probed. pre_cut: every window lies in [0, duration], and the file, where it was probed,
-    is that long. All within `tolerance` seconds. Unprobed, `relative` and `pre_cut` mostly cannot be told apart.
+    relative: every window lies in [0, video_end - video_start]. absolute: in [video_start, video_end]. Both:
+    `video_end` lies in the file, where it was probed. pre_cut: every window lies in [0, duration], and the file,
+    where it was probed, is that long. All within `tolerance` seconds. Unprobed, `relative` and `pre_cut` mostly
+    cannot be told apart.
     """
     fits = [_fitting(row, file_duration, tolerance) for row in _trimmed(rows)]
     return {"trimmed": len(fits)} | {reading: sum(reading in fit for fit in fits) for reading in TRIM_READINGS}
@@ -538,12 +556,13 @@ def check_trim(
     counts = trim_readings(rows, file_duration=file_duration, tolerance=tolerance)
     num_trimmed = counts.pop("trimmed")
     best = max(counts, key=lambda reading: counts[reading])
-    advice = f"set data.trim: {best}, or " if best != trim else ""
+    advice = f"set data.trim: {best}, or " if counts[best] > counts[trim] else ""
+    fits = ", ".join(f"{reading} {count}" for reading, count in counts.items())
     first = misread[0][0]
     raise UserError(
-        f"data.trim is `{trim}`, but {len(misread)} of the {num_trimmed} rows with video_start/video_end fit only another "
-        f"reading (fit {', '.join(f'{name} {count}' for name, count in counts.items())}); first: {first.file}:{first.line}; "
-        f"{advice}mend or drop them: {_command(first.file)} --trim {trim} --fix OUT.jsonl --policy trim_reading=drop"
+        f"data.trim is `{trim}`, but {len(misread)} of the {num_trimmed} rows with video_start/video_end fit only "
+        f"another reading (rows that fit: {fits}); first: {first.file}:{first.line}; "
+        f"{advice}drop them: {_command(first.file)} --trim {trim} --fix OUT.jsonl --policy trim_reading=drop"
     )
 
 

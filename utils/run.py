@@ -56,7 +56,7 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
         name=name,
         resume_from=resume_from,
         metrics_path=Path(training.metrics_dir) / f"{name}.jsonl",
-        curves_path=output_dir / "curves.png",
+        curves_path=Path(training.metrics_dir) / f"{name}.png",
     )
 
 

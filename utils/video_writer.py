@@ -60,7 +60,7 @@ def _check_frames(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise UserError(f"frames must be uint8 of shape (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise UserError(f"frames must have even height and width for H.264 yuv420p, got {frames.shape[1:3]}; pad or crop")
+        raise UserError(f"frames must have even height and width (H.264 yuv420p), got {frames.shape[1:3]}; pad or crop")
 
 
 def _presentation_ticks(
@@ -70,9 +70,9 @@ def _presentation_ticks(
     if (fps is None) == (times_s is None):
         raise UserError("exactly one of fps (constant rate) and times_s (variable rate) must be given")
     if fps is not None:
-        if not (np.isfinite(fps) and fps > 0):
-            raise UserError(f"fps must be finite and > 0, got {fps}")
-        return 1 / Fraction(fps).limit_denominator(1001), list(range(count))
+        if not (np.isfinite(fps) and fps >= 0.001):
+            raise UserError(f"fps must be finite and at least 0.001, got {fps}")
+        return 1 / Fraction(fps).limit_denominator(100_000), list(range(count))
     times = np.asarray(times_s, dtype=np.float64)
     if times.shape != (count,) or not np.isfinite(times).all() or times[0] < 0:
         raise UserError(f"times_s must hold one finite time >= 0 for each of the {count} frames, got {times_s}")

@@ -1,0 +1,251 @@
+"""When does it happen? One video, one query -> segments, in a notebook or on the command line.
+
+    python inference/video_infer.py --model_path outputs/sft/checkpoint-best --video clip.mp4 \\
+        --query "the person opens the door" --output visualization.png
+
+Prompt, frame rate and pixel budget come from the checkpoint's own record (contract 2). Loading is `trainers.model`,
+drawing is `inference.visualize`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Run as a file, Python put this folder first on the path; the root belongs there (see utils/attach.py).
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from utils.attach import attach
+
+attach()
+
+from datasets.collate_fns import VideoCollator  # noqa: E402
+from datasets.encoding import fit_prompt  # noqa: E402
+from inference.visualize import visualize_temporal_grounding  # noqa: E402
+from trainers.generation import generate_texts  # noqa: E402
+from trainers.model import load_for_inference  # noqa: E402
+from utils.common import UserError, run_command  # noqa: E402
+from utils.config import DataConfig, PromptConfig, StrictModel, load_config  # noqa: E402
+from utils.logging_utils import get_logger, setup_logging  # noqa: E402
+from utils.prompts import PromptContract, build_messages  # noqa: E402
+from utils.spans import Span, parse_spans  # noqa: E402
+from utils.video import VideoClip, clip_from_frames, read_clip, resize_clip  # noqa: E402
+
+__all__ = ["VideoTemporalInference", "visualize_temporal_grounding"]
+
+DEFAULT_NEW_TOKENS = 64
+THINKING_NEW_TOKENS = 1024
+
+
+class DataFile(StrictModel):
+    """What `--data_config` holds: sampling and prompt."""
+
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+
+
+class VideoTemporalInference:
+    """Answers temporal grounding queries with a base model, an adapter or a merged checkpoint.
+
+    Args:
+        model_path: Folder of a checkpoint, or a hub name.
+        device: "cuda", "cpu", ...; by default CUDA when there is one.
+        dtype: "bfloat16", "float16" or "float32"; by default bfloat16 on CUDA and float32 on the CPU.
+        data_config: YAML with `data` and `prompt` that replaces what the checkpoint recorded. Needed only for a
+            checkpoint without a record; a base model without one is asked with the shipped defaults.
+        attn_implementation: As `model.attn_implementation`; falls back to sdpa where FlashAttention cannot be had.
+
+    Raises:
+        UserError: the model cannot be loaded, is not Qwen3-VL, or lacks its processor or prompt contract.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        data_config: str | Path | None = None,
+        attn_implementation: str = "flash_attention_2",
+    ) -> None:
+        given = _given_contract(data_config)
+        policy = load_for_inference(
+            str(model_path),
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            need_contract=given is None,
+        )
+        self.model, self.processor = policy.model, policy.processor
+        self.contract = given or policy.contract or _default_contract(str(model_path))
+        _warn_if_served_differently(self.contract)
+
+    def predict(
+        self,
+        video_path: str | Path | None = None,
+        query: str = "",
+        *,
+        video_start: float | None = None,
+        video_end: float | None = None,
+        frames: Any = None,
+        times_s: Any = None,
+        fps: float | None = None,
+        max_new_tokens: int | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """Find `query` in a video file, or in `frames` (T, H, W, 3) uint8 with their `times_s` or `fps`.
+
+        With `video_start` / `video_end` (seconds on the file's clock) only that stretch is decoded and searched.
+        Greedy unless `sampling` says otherwise (`do_sample=True, temperature=0.7`).
+
+        Returns a dict: `start_time`, `end_time` (seconds on the file's clock; None when nothing was found),
+        `segments` (all windows, `[[s, e], ...]`, file's clock), `clip_segments` (the same on the clip's clock, 0 at
+        `video_start`), `raw_text`, `parsed` (False: the answer could not be read; True with no segments: the model
+        says it does not happen), `query`, `video`, `clip` (`[start, end]` searched) and `num_frames`.
+        An answer that cannot be read never raises.
+
+        Raises UserError for an empty query or an unreadable video.
+        """
+        if not query.strip():
+            raise UserError("query is empty: say in a sentence what to look for")
+        clip = self._clip(video_path, frames, times_s, fps, video_start, video_end)
+        text, clip = self._answer(clip, query, str(video_path or "frames"), max_new_tokens, sampling)
+        spans = parse_spans(text, duration=clip.duration_s)
+        return {"video": None if video_path is None else str(video_path), "query": query} | describe(text, spans, clip)
+
+    def _clip(
+        self,
+        path: str | Path | None,
+        frames: Any,
+        times_s: Any,
+        fps: float | None,
+        start: float | None,
+        end: float | None,
+    ) -> VideoClip:
+        if (path is None) == (frames is None):
+            raise UserError("give either video_path or frames (with times_s or fps), not both and not neither")
+        budget = self.contract.data.budget
+        if frames is not None:
+            return resize_clip(clip_from_frames(frames, times_s=times_s, fps=fps), budget)
+        return read_clip(Path(str(path)), budget, start_s=start, end_s=end, backend=self.contract.data.backend)
+
+    def _answer(
+        self, clip: VideoClip, query: str, name: str, max_new_tokens: int | None, sampling: dict[str, Any]
+    ) -> tuple[str, VideoClip]:
+        prompt, data = self.contract.prompt, self.contract.data
+        sample, clip = fit_prompt(
+            self.processor,
+            build_messages(prompt, query),
+            clip,
+            max_tokens=data.max_prompt_tokens,
+            on_overlong=data.on_overlong,
+            name=name,
+        )
+        sample["index"] = 0
+        collator = VideoCollator(self.processor.tokenizer.pad_token_id, sample, side="left")
+        limit = max_new_tokens or (THINKING_NEW_TOKENS if prompt.thinking else DEFAULT_NEW_TOKENS)
+        texts = generate_texts(self.model, self.processor, collator([sample]), max_new_tokens=limit, **sampling)
+        return texts[0], clip
+
+
+def describe(text: str, spans: list[Span] | None, clip: VideoClip) -> dict[str, Any]:
+    """The part of a prediction that follows from the answer; see `VideoTemporalInference.predict`."""
+    on_clip = [[span.start, span.end] for span in spans or []]
+    on_file = [[start + clip.start_s, end + clip.start_s] for start, end in on_clip]
+    return {
+        "start_time": on_file[0][0] if on_file else None,
+        "end_time": on_file[0][1] if on_file else None,
+        "segments": on_file,
+        "clip_segments": on_clip,
+        "raw_text": text,
+        "parsed": spans is not None,
+        "clip": [clip.start_s, clip.start_s + clip.duration_s],
+        "num_frames": len(clip.frames),
+    }
+
+
+def _given_contract(data_config: str | Path | None) -> PromptContract | None:
+    if data_config is None:
+        return None
+    config = load_config(DataFile, [Path(data_config)])
+    return PromptContract.current(config.prompt, config.data)
+
+
+def _default_contract(model_path: str) -> PromptContract:
+    get_logger().info("%s records no prompt: asking it with the default prompt and pixel budget", model_path)
+    config = DataFile()
+    return PromptContract.current(config.prompt, config.data)
+
+
+def _warn_if_served_differently(contract: PromptContract) -> None:
+    installed = PromptContract.current(contract.prompt, contract.data).transformers_version
+    if installed.split(".")[:2] != contract.transformers_version.split(".")[:2]:
+        get_logger().warning(
+            "trained with transformers %s, served with %s: releases have differed in how a video is written into the "
+            "prompt; compare a few predictions, or install the version it was trained with",
+            contract.transformers_version,
+            installed,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="base model, adapter or merged checkpoint")
+    parser.add_argument("--video", required=True, type=Path)
+    parser.add_argument("--query", required=True, help="what to look for, in a sentence")
+    parser.add_argument("--output", type=Path, help="timeline picture (.png, .svg, .pdf)")
+    parser.add_argument("--json", action="store_true", help="print the prediction as one JSON object")
+    parser.add_argument("--ground_truth", type=float, nargs=2, action="append", metavar=("START", "END"), default=[])
+    parser.add_argument("--video_start", type=float, help="search only from here (seconds)")
+    parser.add_argument("--video_end", type=float, help="search only up to here (seconds)")
+    parser.add_argument("--data_config", type=Path, help="prompt and sampling, instead of the checkpoint's own")
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Predict, print, draw."""
+    args = parse_args()
+    setup_logging()
+    engine = VideoTemporalInference(args.model_path, device=args.device, dtype=args.dtype, data_config=args.data_config)
+    found = engine.predict(
+        args.video,
+        args.query,
+        video_start=args.video_start,
+        video_end=args.video_end,
+        max_new_tokens=args.max_new_tokens,
+    )
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))  # noqa: T201
+    else:
+        print(summary(found))  # noqa: T201
+    if args.output:
+        visualize_temporal_grounding(
+            video_path=args.video,
+            predictions=[found],
+            ground_truths=[tuple(window) for window in args.ground_truth],
+            output_path=args.output,
+            query=args.query,
+        )
+        get_logger().info("timeline: %s", args.output)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """One or more lines a person reads."""
+    if not found["parsed"]:
+        return f"no segment could be read from the answer: {found['raw_text']!r}"
+    if not found["segments"]:
+        return f"not in the video, says the model: {found['raw_text']!r}"
+    return "\n".join(f"{start:.1f} s to {end:.1f} s" for start, end in found["segments"])
+
+
+if __name__ == "__main__":
+    run_command(main)

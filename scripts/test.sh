@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Sets the project up if need be, then checks it: style, types and the fast tests.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+Usage: scripts/test.sh [--all] [pytest arguments]
+
+Without arguments: env/install.sh, ruff, mypy, and the tests that are not marked slow, gpu, multiprocess or browser.
+
+  --all    every test; those that need a GPU or a browser are skipped where there is none. The result (counts, seconds,
+           what was skipped and why) is written to docs/testing.md
+  --help   this text
+
+Anything else goes to pytest, and ruff and mypy are left out: scripts/test.sh tests/utils -k spans
+USAGE
+}
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+all=false
+pytest_arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --all) all=true ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *) pytest_arguments+=("$argument") ;;
+    esac
+done
+
+cd "$ROOT"
+python="$("$ROOT/env/install.sh" --print_python)"
+# Several test processes share few cores: threads that spin while they wait take the time of those that work.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+failed=()
+step() {
+    local name="$1" started=$SECONDS
+    shift
+    "$@" </dev/null || failed+=("$name")
+    echo "--- $name: $((SECONDS - started)) s"
+}
+
+if ((${#pytest_arguments[@]} == 0)); then
+    step ruff "$python" -m ruff check
+    step mypy "$python" -m mypy
+fi
+if $all; then
+    report="$(mktemp -d)"
+    trap 'rm -rf "$report"' EXIT
+    step pytest "$python" -m pytest --junitxml "$report/junit.xml" ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+    "$python" scripts/summarise_tests.py "$report/junit.xml" docs/testing.md
+else
+    step pytest "$python" -m pytest -m "not slow and not gpu and not multiprocess and not browser" \
+        ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+fi
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi
