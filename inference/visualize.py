@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -343,7 +344,9 @@ def _fit(text: Text, inches: float) -> None:
     """Shrink `text` to `inches`: columns are counted, and capital letters are wider than the rest."""
     figure = text.get_figure(root=True)
     assert figure is not None
-    width = text.get_window_extent().width / figure.dpi
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # said once, when the picture is saved
+        width = text.get_window_extent().width / figure.dpi
     if width > inches:
         text.set_fontsize(text.get_fontsize() * inches / width)
 

@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
     "trim_length": Kind("duration is not video_end - video_start"),
     "trim_reading": Kind("the row fits only another reading than --trim"),
     "trim_outside_file": Kind("the trimmed stretch goes past the end of the file"),
-    "missing_video": Kind("the video is not there"),
+    "missing_video": Kind("no such video (in --videos_root, beside the annotations, or here)"),
     "unreadable_video": Kind("the video cannot be decoded"),
     "duration_mismatch": Kind("the file is not as long as duration says"),
     "duplicate_row": Kind("an earlier row says the same"),
@@ -185,7 +185,7 @@ class Checker:
     def __init__(self, options: Options, against: Sequence[Row] = ()) -> None:
         self.options = options
         self.path_of = cache(lambda folder, video: _find_video(folder, video, options.videos_root))
-        self.name_of = cache(lambda path, video: os.path.realpath(path) if path.exists() else os.path.normpath(video))
+        self.name_of = cache(_video_name)
         self.probed: dict[Path, VideoInfo | Finding] = {}
         self.against_videos = self._first_by(against, self.video_of)
         self.against_pairs = self._first_by(against, self._pair_of)
@@ -245,12 +245,13 @@ class Checker:
         if row.sentence != row.sentence.strip():
             yield "outer_space", "`sentence` begins or ends with white space"
         yield from self._trim_length(row)
-        if id(row) in others:  # its windows lie wrong because of this one cause: do not count it again below
+        if self.options.probe_videos and isinstance(fault := self.probed[self._path(row)], tuple):
+            yield fault
+        if id(row) in others:  # one cause: what the wrong reading does to windows and lengths is not counted again
             yield "trim_reading", f"the row fits {' and '.join(others[id(row)])}, not --trim {self.options.trim}"
         else:
             yield from clip_findings(row, self.options.trim)
-        if self.options.probe_videos:
-            yield from self._video_findings(row)
+            yield from self._length_findings(row)
         yield from self._twins(row, earlier)
 
     def _trim_length(self, row: Row) -> Iterator[Finding]:
@@ -262,20 +263,16 @@ class Checker:
                 f"`duration` is {row.duration:g} s, but the stretch from {bounds[0]:g} to {bounds[1]:g} is {length}",
             )
 
-    def _video_findings(self, row: Row) -> Iterator[Finding]:
-        path = self._path(row)
-        info = self.probed[path]
-        if isinstance(info, tuple):
-            yield info
+    def _length_findings(self, row: Row) -> Iterator[Finding]:
+        length_s = self._file_duration(row)
+        if length_s is None:
             return
         bounds, tolerance = clip_bounds(row, self.options.trim), self.options.tolerance
-        if bounds is not None and bounds[1] > info.duration_s + tolerance:
-            yield (
-                "trim_outside_file",
-                f"the stretch ends at {bounds[1]:g} s, but {path} is {info.duration_s:.3f} s long",
-            )
-        if bounds is None and abs(info.duration_s - row.duration) > tolerance:
-            yield "duration_mismatch", f"`duration` is {row.duration:g} s, but {path} is {info.duration_s:.3f} s long"
+        file = f"{self._path(row)} is {length_s:.3f} s long"
+        if bounds is not None and bounds[1] > length_s + tolerance:
+            yield "trim_outside_file", f"the stretch ends at {bounds[1]:g} s, but {file}"
+        if bounds is None and abs(length_s - row.duration) > tolerance:
+            yield "duration_mismatch", f"`duration` is {row.duration:g} s, but {file}"
 
     def _twins(self, row: Row, earlier: dict[Any, Row]) -> Iterator[Finding]:
         key = (self.video_of(row), row.video_start, row.video_end, row.timestamp, row.sentence.strip())
@@ -312,10 +309,15 @@ def _find_video(folder: str, video: str, videos_root: Path | None) -> Path:
     return resolve_video(row, videos_root)
 
 
+def _video_name(path: Path, video: str) -> str:
+    # os.path.exists, not Path.exists: a name of 300 letters is one more missing video, not a crash
+    return os.path.realpath(path) if os.path.exists(path) else os.path.normpath(video)
+
+
 def _probe_one(path: Path) -> VideoInfo | Finding:
     from utils.video import VideoReadError, probe_video
 
-    if not path.exists():
+    if not os.path.exists(path):
         return "missing_video", f"no such video: {path}"
     try:
         return probe_video(path)
@@ -418,11 +420,8 @@ def _clip_to_duration(trim: Trim) -> Edit:
     return clip
 
 
-def write_fixed(out: Path, entries: Sequence[Entry], inputs: Sequence[Path]) -> None:
-    """Write the repaired copy, atomically; untouched lines keep their text. Raises UserError before it would
-    overwrite an input or leave an empty file."""
-    if any(out.exists() and path.exists() and os.path.samefile(out, path) for path in inputs):
-        raise UserError(f"--fix {out}: this is an input; the repaired copy needs a name of its own")
+def write_fixed(out: Path, entries: Sequence[Entry]) -> None:
+    """Write the repaired copy, atomically; untouched lines keep their text. Raises UserError before an empty one."""
     if not entries:
         raise UserError(f"--fix {out}: the policies drop every row; nothing is written")
     with atomic_open(out) as handle:
@@ -495,7 +494,9 @@ def render_fix(fix: Fix, policies: Mapping[str, str], out: Path) -> str:
 
 def verdict(report: Report, probed: bool) -> str:
     """The last line: clean or not, and what was not looked at."""
+    num_warned = len({(p.file, p.line) for p in report.problems if not KINDS[p.kind].is_error})
     state = f"{report.num_errors} rows with errors" if report.num_errors else "clean"
+    state += f", {num_warned} with warnings" if num_warned else ""
     return state if probed else f"{state} (the videos were not opened; --probe_videos does)"
 
 
@@ -546,9 +547,23 @@ def _check_usage(args: argparse.Namespace) -> dict[str, str]:
         raise UserError("--policy says how to repair; give --fix OUT.jsonl to write the repaired copy")
     if args.fix and len(args.annotations) > 1:
         raise UserError(f"--fix {args.fix}: repairs one file at a time, got {len(args.annotations)} --annotations")
-    if args.tolerance < 0:
+    if not args.tolerance >= 0:  # so that NaN is refused too
         raise UserError(f"--tolerance must be >= 0 s, got {args.tolerance}")
+    for flag, out in (("--fix", args.fix), ("--report", args.report)):
+        if out is not None:
+            _check_output(flag, out, [*args.annotations, *args.against])
+    if args.fix and args.report and args.fix.absolute() == args.report.absolute():
+        raise UserError(f"--fix and --report are both {args.fix}; give each a name of its own")
     return policies
+
+
+def _check_output(flag: str, out: Path, inputs: Sequence[Path]) -> None:
+    """Before a long run of probing, not after it."""
+    if any(out.exists() and path.exists() and os.path.samefile(out, path) for path in inputs):
+        raise UserError(f"{flag} {out}: this is an input; the output needs a name of its own")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {out}: cannot be written; give the name of a file in a folder you may write to")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -565,7 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fix = None
     if args.fix:
         fix = fix_entries(entries, policies, checker)
-        write_fixed(args.fix, fix.entries, [*args.annotations, *args.against])
+        write_fixed(args.fix, fix.entries)
         result = fix.report
         _say(render_fix(fix, policies, args.fix))
         _say_if_moved(fix, args.fix, options)
@@ -581,8 +596,8 @@ def _say_if_moved(fix: Fix, out: Path, options: Options) -> None:
     lost = [
         row
         for row in rows
-        if resolve_video(row, options.videos_root).exists()
-        and not resolve_video(replace(row, file=str(out)), options.videos_root).exists()
+        if os.path.exists(resolve_video(row, options.videos_root))
+        and not os.path.exists(resolve_video(replace(row, file=str(out)), options.videos_root))
     ]
     if lost:
         folder = Path(lost[0].file).parent

@@ -455,14 +455,14 @@ def resolve_video(row: Row, videos_root: str | os.PathLike[str] | None = None) -
     """The path of a row's video. A relative path is looked up in `videos_root` (when given), then beside the annotation
     file, then in the working directory; where none of them exists, the first of them is returned.
     """
-    video = Path(row.video).expanduser()
+    video = Path(os.path.expanduser(row.video))
     if video.is_absolute():
         return video
     folders = [Path(row.file).parent, Path()]
     if videos_root is not None:
         folders.insert(0, Path(videos_root))
     candidates = [folder / video for folder in folders]
-    return next((path for path in candidates if path.exists()), candidates[0])
+    return next((path for path in candidates if os.path.exists(path)), candidates[0])
 
 
 # ---- trim

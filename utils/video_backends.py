@@ -115,10 +115,11 @@ def decord_index(reader: Any, file: VideoFile, stretch: Stretch) -> int | None:
     """decord's number of the stretch's first frame, or None unless decord and the file agree on what there is to show.
 
     They agree when decord's table has, from that frame on, exactly the stretch's times, and nothing before time 0 or
-    past the end of the video, which is where edit lists hide frames. Containers that seek by guessing are left out:
-    decord then counts from the wrong frame without a sign.
+    past the end of the video, which is where edit lists hide frames. Containers that seek by guessing (MPEG-TS) and open
+    groups of pictures (HEVC's default, some H.264) are left out: there decord counts from the wrong frame, without a
+    sign.
     """
-    if not file.seeks_exactly:
+    if not file.seeks_exactly or any(is_open for _, _, is_open in stretch.log.groups()):
         return None
     table = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)[:, 0]
     header_end = file.header_end_s

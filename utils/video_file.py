@@ -78,23 +78,32 @@ class PacketLog:
         """Ticks of the frames that are shown, ascending, int64."""
         return np.unique(np.array(self.ticks, dtype=np.int64)[np.array(self.is_shown, dtype=bool)])
 
+    def groups(self) -> list[tuple[int, int, bool]]:
+        """Groups of pictures as (first packet, one past the last, open).
+
+        An open group has frames that are shown before its key frame and refer back to the group before.
+        """
+        ticks = np.array(self.ticks, dtype=np.int64)
+        bounds = [*np.flatnonzero(self.is_key).tolist(), len(ticks)]
+        return [
+            (first, last, bool(ticks[first:last].min() < ticks[first])) for first, last in itertools.pairwise(bounds)
+        ]
+
     def needed(self, wanted: np.ndarray) -> np.ndarray:
         """Which packets must be decoded to show the frames at the ticks `wanted`: bool, one per packet.
 
-        A group of pictures is decoded up to its last wanted frame; one without a wanted frame is skipped, unless the
-        next one is open (has frames shown before its key frame, which refer back).
+        A group of pictures is decoded up to its last wanted frame, and one without a wanted frame is skipped, unless
+        the group after it is needed and open.
         """
-        ticks = np.array(self.ticks, dtype=np.int64)
-        is_wanted = np.isin(ticks, wanted)
-        bounds = [*np.flatnonzero(self.is_key).tolist(), len(ticks)]
-        needed = np.zeros(len(ticks), dtype=bool)
-        refers_back = False
-        for first, last in reversed(list(itertools.pairwise(bounds))):
-            if refers_back:
+        is_wanted = np.isin(np.array(self.ticks, dtype=np.int64), wanted)
+        needed = np.zeros(len(self.ticks), dtype=bool)
+        next_refers_back = False
+        for first, last, is_open in reversed(self.groups()):
+            if next_refers_back:
                 needed[first:last] = True
             elif is_wanted[first:last].any():
                 needed[first : first + int(np.flatnonzero(is_wanted[first:last])[-1]) + 1] = True
-            refers_back = bool(needed[first]) and bool(ticks[first:last].min() < ticks[first])
+            next_refers_back = is_open and bool(needed[first])
         return needed
 
 

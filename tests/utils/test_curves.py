@@ -131,8 +131,9 @@ def test_other_formats_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
 def test_vector_formats_are_reproducible(tmp_path, name, start):
-    first = save_figure(draw(records(3, every=3)), tmp_path / name).read_bytes()
-    second = save_figure(draw(records(3, every=3)), tmp_path / name).read_bytes()
+    rows = [{"step": 1, "train/loss": 1.0}]
+    first = save_figure(draw(rows), tmp_path / name).read_bytes()
+    second = save_figure(draw(rows), tmp_path / name).read_bytes()
     assert first.startswith(start) and first == second
 
 

@@ -184,8 +184,15 @@ def test_probing_tells_cut_files_from_whole_ones(videos: Path) -> None:
     assert kinds_of(path) == []
     found = validate([path], options=Options(probe_videos=True))
     assert found.readings == {"trimmed": 1, "relative": 0, "absolute": 0, "pre_cut": 1}
-    assert "trim_reading" in found.counts
+    assert found.counts == {"trim_reading": 1}  # not trim_outside_file as well
     assert kinds_of(path, probe_videos=True, trim="pre_cut") == []
+
+
+def test_names_no_file_can_have_are_missing_videos(tmp_path: Path) -> None:
+    names = ["x" * 300, "~nobody-here/a.mp4", "a\0.mp4", "\ud83d.mp4"]
+    path = write(tmp_path / "rows.jsonl", [row_on(name, 4.0) | {"sentence": "x"} for name in names])
+    found = kinds_of(path, probe_videos=True)
+    assert found == [(1, "missing_video"), (2, "missing_video"), (3, "bad_text"), (4, "bad_text")]
 
 
 def test_videos_root(videos: Path, tmp_path: Path) -> None:
@@ -284,6 +291,8 @@ def test_fix_never_touches_an_input(tmp_path: Path) -> None:
     for out in (path, tmp_path / "." / "in.jsonl", tmp_path / "again.jsonl"):
         with pytest.raises(UserError, match="this is an input"):
             main(["--annotations", str(path), "--fix", str(out), "--policy", "start_ge_end=swap"])
+    with pytest.raises(UserError, match="--report .*this is an input"):
+        main(["--annotations", str(path), "--report", str(path)])
     with pytest.raises(UserError, match="the policies drop every row; nothing is written"):
         main(["--annotations", str(path), "--fix", str(tmp_path / "o.jsonl"), "--policy", "start_ge_end=drop"])
     assert not (tmp_path / "o.jsonl").exists()
@@ -353,6 +362,10 @@ def test_exit_status_and_no_traceback(tmp_path: Path) -> None:
         (["--policy", "bad_json=drop"], "give --fix"),
         (["--annotations", "b", "--fix", "o", "--policy", "bad_json=drop"], "one file at a time, got 2"),
         (["--tolerance", "-1"], "--tolerance must be >= 0 s, got -1.0"),
+        (["--tolerance", "nan"], "--tolerance must be >= 0 s, got nan"),
+        (["--report", "."], "--report .: cannot be written"),
+        (["--report", f"{__file__}/r.json"], "cannot be written"),
+        (["--fix", "o", "--report", "./o", "--policy", "bad_json=drop"], "are both o"),
     ],
 )
 def test_usage_errors(args: list[str], says: str) -> None:
