@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from utils.attach import attach
 
 attach()
@@ -48,7 +50,8 @@ def main() -> int:
     overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
     config = load_config(SFTConfig, [args.config, args.data_config], overrides)
     # Before any model is built: under ZeRO-3 these arguments decide how weights are loaded.
-    training_args = config.training.to_training_arguments(output_dir=args.output_dir, deepspeed=args.deepspeed)
+    device = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     setup_logging()
     processor = load_processor(resolve_source(config.model.name_or_path))

@@ -16,7 +16,7 @@ from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
-from utils.rows import Row, check_trim, clip_bounds, load_annotations, model_windows, resolve_video
+from utils.rows import Row, clip_bounds, load_annotations, model_windows, resolve_video
 from utils.spans import parse_spans
 from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
 
@@ -68,8 +68,7 @@ class VideoTemporalDataset(Dataset[Sample]):
             raise UserError(
                 f"data.{split} names no annotation file; give one, e.g. data.{split}=data/annotations/{split}.jsonl"
             )
-        rows = load_annotations(sources, max_bad_fraction=data.max_bad_fraction, seed=seed)
-        check_trim(rows, data.trim)
+        rows = load_annotations(sources, max_bad_fraction=data.max_bad_fraction, trim=data.trim, seed=seed)
         usable = [row for row in rows if self.is_usable(row)]
         if not usable:
             raise UserError(
@@ -85,7 +84,7 @@ class VideoTemporalDataset(Dataset[Sample]):
 
     # ------------------------------------------------------------------ what a task decides
     def is_usable(self, row: Row) -> bool:
-        """Whether the row can be trained on or scored: here, whether its windows are labelled (`[]` = labelled absent)."""
+        """Whether the row can be trained on or scored: here, whether it is labelled (`[]` is: the event is absent)."""
         return row.timestamp is not None
 
     def question(self, row: Row) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -79,7 +79,7 @@ def _read_prediction(item: Any, where: str) -> tuple[list[Span] | None, str]:
 
 
 def _as_list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Collection):
         raise UserError(f"{where} must be a list, got {value!r}; write {where}=[...] even for one")
     return list(value)
 

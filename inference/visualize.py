@@ -6,7 +6,6 @@ sets belong to `utils.metrics`, curves to `utils.curves`.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -107,7 +106,10 @@ def draw_timeline(
     `aspect` the width of a frame over its height as shown, by default W / H.
     The figure has two axes, `frames` and `windows`, over the same seconds. Bars carry ids: `ground-truth-1`,
     `prediction-2-1` (the first window of the second prediction), ...
+    Raises `UserError` for a `duration_s` that is not above 0 and for windows as `visualize_temporal_grounding` does.
     """
+    if not duration_s > 0:
+        raise UserError(f"duration_s must be above 0 to draw a time axis, got {duration_s}")
     lanes = timeline_lanes(predictions, ground_truths, labels)
     truths = next((lane.windows for lane in lanes if lane.kind == "ground truth"), ())
     limits = _axis_range(lanes, duration_s)
@@ -252,7 +254,7 @@ def _list_windows(axes: Axes, lane: Lane, middle: float, span: float) -> None:
         y = first + _LANE_LINE * line
         is_window = line < shown
         times = format_window(lane.windows[line], span) if is_window else f"and {hidden} more" if hidden else "–"
-        _side_text(axes, 0.14, y, times, ha="left", color=INK, fontsize=10.5)
+        _fit(_side_text(axes, 0.14, y, times, ha="left", color=INK, fontsize=10.5), _RIGHT - _MARGIN - 0.6)
         if line < len(lane.ious) and (is_window or not lane.windows):
             _score_text(axes, lane, y, f"{lane.ious[line]:.2f}")
     if lane.verdict:
@@ -307,8 +309,8 @@ def format_window(window: Span, span_s: float) -> str:
 
 def format_time(seconds: float, span_s: float, digits: int) -> str:
     """`12.5`, `3:05` or `1:02:03`, by the length of the picture in seconds, with `digits` decimals."""
-    if not math.isfinite(seconds):
-        return str(seconds)
+    if not abs(seconds) < 1e7:  # a model may answer anything, and a hundred digits would fill the page
+        return f"{seconds:.3g}"
     sign, value = ("−" if seconds < 0 else ""), round(abs(seconds), digits)
     if span_s < 60:
         return f"{sign}{value:.{digits}f}"
@@ -348,7 +350,7 @@ def _fit(text: Text, inches: float) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # said once, when the picture is saved
         width = text.get_window_extent().width / figure.dpi
     if width > inches:
-        text.set_fontsize(text.get_fontsize() * inches / width)
+        text.set_fontsize(float(text.get_fontsize()) * inches / width)
 
 
 def _thumbnail_budget(num_frames: int, duration_s: float) -> FrameBudget:
@@ -361,5 +363,3 @@ def _thumbnail_budget(num_frames: int, duration_s: float) -> FrameBudget:
         max_pixels_per_frame=pixels,
         total_pixels=num_frames * pixels,
     )
-
-

@@ -36,7 +36,6 @@ fi
 if [ "$gpus" -eq 0 ]; then
     # Without a GPU: processes talk over gloo, DeepSpeed uses its CPU accelerator, threads do not wait by spinning.
     export DS_ACCELERATOR=cpu ACCELERATE_USE_CPU=true OMP_WAIT_POLICY=passive
-    rest=("training.use_cpu=true" ${rest[@]+"${rest[@]}"})
 fi
 arguments=(--config "$config" --data_config "$data_config" --output_dir "$output_dir" ${rest[@]+"${rest[@]}"})
 if [ "$num_gpus" -eq 1 ]; then

@@ -37,6 +37,13 @@ assert datasets.__path__[1:] == [LOCAL] and datasets.__path__[0] != LOCAL, datas
 
 CHECK_TRL = "from trl import GRPOTrainer"
 
+ATTACH_LATE = """
+sys.path.append(ROOT)
+from utils.attach import attach
+attach()
+"""
+"""What a notebook or script elsewhere does where the project is not installed."""
+
 CHECK_WORKERS = """
 from torch.utils.data import DataLoader
 
@@ -85,12 +92,35 @@ def run(command: list[str | Path], cwd: Path) -> str:
     return result.stdout
 
 
-def run_code(python: Path, cwd: Path, *code: str) -> None:
-    """Run pieces of code, each checked for itself, in one process started in `cwd`."""
-    run([python, "-c", "\n".join([f"LOCAL = {LOCAL!r}", f"ROOT = {str(REPO_ROOT)!r}", "import sys", *code])], cwd)
+def run_code(python: Path, cwd: Path, root: Path, *code: str) -> None:
+    """Run pieces of code in one process started in `cwd`; they know the checkout as ROOT and its folder as LOCAL."""
+    names = ["import sys", f"ROOT = {str(root)!r}", f"LOCAL = {str(root / 'datasets')!r}"]
+    run([python, "-c", "\n".join([*names, *code])], cwd)
 
 
 # --- attach() ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A root with the two files that matter and one module, `datasets.light`, that costs nothing to import."""
+    root = tmp_path / "checkout"
+    for name in ("utils/__init__.py", "utils/attach.py", "datasets/__init__.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text((REPO_ROOT / name).read_text())
+    (root / "datasets" / "light.py").write_text("def path():\n    import datasets\n\n    return datasets.__path__\n")
+    return root
+
+
+CHECK_LIGHT = """
+import datasets, multiprocessing
+from datasets.light import path
+
+assert callable(datasets.load_dataset)
+assert datasets.__path__[1:] == [LOCAL] and datasets.__path__[0] != LOCAL, datasets.__path__
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    assert pool.apply(path) == datasets.__path__
+"""
 
 
 def test_attach_again_changes_nothing() -> None:
@@ -102,53 +132,40 @@ def test_attach_again_changes_nothing() -> None:
     assert before[0].count(LOCAL) == 1
 
 
+def test_trl_finds_hugging_face_in_this_process() -> None:
+    from trl import GRPOTrainer
+
+    assert GRPOTrainer.__module__ == "trl.trainer.grpo_trainer"
+
+
 def test_attach_is_light(plain: Path, tmp_path: Path) -> None:
-    run_code(
-        plain,
-        tmp_path,
-        "sys.path.append(ROOT)",
-        "from utils.attach import attach",
-        "attach()",
-        "heavy = {'datasets', 'torch', 'numpy', 'transformers'} & set(sys.modules)",
-        "assert not heavy, heavy",
-    )
+    heavy = "heavy = {'datasets', 'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    run_code(plain, tmp_path, REPO_ROOT, ATTACH_LATE, heavy, "assert not heavy, heavy")
 
 
-def test_root_last_on_the_path(plain: Path, tmp_path: Path) -> None:
-    """Workers of a notebook elsewhere included: `attach()` moves the root to where they find it."""
-    attach_late = "sys.path.append(ROOT); from utils.attach import attach; attach()"
-    run_code(plain, tmp_path, attach_late, CHECK, CHECK_WORKERS)
+@pytest.mark.parametrize("before", ["", "import datasets", "import datasets.features"])
+def test_root_last_on_the_path(before: str, plain: Path, tmp_path: Path, checkout: Path) -> None:
+    """Whatever was imported before, and for workers too: `attach()` moves the root to where they find it."""
+    run_code(plain, tmp_path, checkout, before, ATTACH_LATE, CHECK_LIGHT, "attach()", CHECK_LIGHT)
 
 
-def test_hugging_face_imported_before_the_root_is_known(plain: Path, tmp_path: Path) -> None:
-    late = "import datasets; sys.path.append(ROOT); from utils.attach import attach; attach(); attach()"
-    run_code(plain, tmp_path, late, CHECK)
-
-
-def test_folders_of_these_names_beside_a_script(plain: Path, tmp_path: Path) -> None:
-    """A data folder called datasets does no harm, nor does another program's `utils`."""
+def test_folders_of_these_names_beside_a_script(plain: Path, tmp_path: Path, checkout: Path) -> None:
+    """A data folder called datasets does no harm to us, and our folder none to a program with `utils` of its own."""
     (tmp_path / "datasets").mkdir()
-    (tmp_path / "utils.py").write_text("NAME = 'of the program'\n")
-    run_code(plain, tmp_path, "sys.path.append(ROOT)", "import utils; assert utils.NAME == 'of the program'")
-    run_code(plain, tmp_path, "import utils; sys.path.insert(0, ROOT)", "import datasets; datasets.load_dataset")
+    run_code(plain, tmp_path, checkout, ATTACH_LATE, CHECK_LIGHT)
+    (tmp_path / "utils.py").write_text("")
+    run_code(plain, tmp_path, checkout, "import utils", "sys.path.insert(0, ROOT)", CHECK_LIGHT)
 
 
-def test_another_checkout_is_installed(editable: Path, tmp_path: Path) -> None:
-    """The folder one works in wins over the installed one, and never gets its modules mixed in."""
-    for name in ("utils/__init__.py", "utils/attach.py", "datasets/__init__.py"):
-        copy = tmp_path / name
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text((REPO_ROOT / name).read_text())
-    (tmp_path / "datasets" / "only_here.py").write_text("")
-    check = "import datasets, datasets.only_here; assert LOCAL not in datasets.__path__, datasets.__path__"
-    run_code(editable, tmp_path, check, "datasets.load_dataset")
+def test_another_checkout_is_installed(editable: Path, checkout: Path) -> None:
+    """The folder one works in wins over the installed one, whose modules never get mixed in."""
+    run_code(editable, checkout, checkout, CHECK_LIGHT)
 
 
 def test_hugging_face_missing(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(REPO_ROOT)!r}); import datasets"
     venv.create(tmp_path, with_pip=False, symlinks=True)
-    command = [tmp_path / "bin" / "python", "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [tmp_path / "bin" / "python", "-c", "import datasets"]
+    result = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "ModuleNotFoundError: Hugging Face's `datasets` is not installed; run ./env/install.sh" in result.stderr
 
@@ -157,15 +174,21 @@ def test_hugging_face_missing(tmp_path: Path) -> None:
 
 
 def test_from_the_root_without_install(plain: Path) -> None:
-    run_code(plain, REPO_ROOT, CHECK_TRL, CHECK, CHECK_WORKERS)
-
-
-def test_from_the_root_with_install(editable: Path) -> None:
-    run_code(editable, REPO_ROOT, CHECK)
+    run_code(plain, REPO_ROOT, REPO_ROOT, CHECK, CHECK_WORKERS)
 
 
 def test_from_elsewhere_with_install(editable: Path, tmp_path: Path) -> None:
-    run_code(editable, tmp_path, CHECK_TRL, CHECK, CHECK_WORKERS)
+    run_code(editable, tmp_path, REPO_ROOT, CHECK, CHECK_WORKERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["plain", "editable"], indirect=True)
+@pytest.mark.parametrize("place", ["root", "elsewhere"])
+@pytest.mark.parametrize("trl_first", [True, False])
+def test_with_trl(trl_first: bool, place: str, python: Path, tmp_path: Path) -> None:
+    find_root = ATTACH_LATE if place == "elsewhere" and "plain" in str(python) else ""
+    code = [CHECK_TRL, find_root, CHECK] if trl_first else [find_root, CHECK, CHECK_TRL]
+    run_code(python, REPO_ROOT if place == "root" else tmp_path, REPO_ROOT, *code)
 
 
 def test_installed_packages_are_those_of_the_checkout(editable: Path, tmp_path: Path) -> None:
@@ -222,7 +245,7 @@ def test_entry_runs(entry: str, place: str, python: Path, tmp_path: Path) -> Non
 def test_under_torchrun(python: Path, tmp_path: Path) -> None:
     """Two processes each see both halves and a worker of theirs does; `plain` gets the root as `train_sft.py` does."""
     script = tmp_path / "script.py"
-    path = f"sys.path.insert(0, {str(REPO_ROOT)!r})" if "plain" in str(python) else ""
+    path = f"sys.path.insert(0, {str(REPO_ROOT)!r})" if "plain" in str(python) else ""  # as in train_sft.py's folder
     body = f"import sys\nLOCAL = {LOCAL!r}\n{path}\n{CHECK_TRL}\n{CHECK}\n"
     main = f"""
         if __name__ == "__main__":
@@ -241,6 +264,7 @@ def test_under_torchrun(python: Path, tmp_path: Path) -> None:
     assert output.strip() == "[(0, 'datasets.video_dataset'), (1, 'datasets.video_dataset')]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("python", ["plain", "editable"], indirect=True)
 def test_in_a_notebook(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook in a folder of its own; without the install it names the root and calls `attach()`."""
@@ -250,9 +274,8 @@ def test_in_a_notebook(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     kernel.write_text(json.dumps({"argv": argv, "display_name": "vtg", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    find_root = f"sys.path.append({str(REPO_ROOT)!r})\nfrom utils.attach import attach\nattach()"
-    first = f"import sys\nLOCAL = {LOCAL!r}\n" + (find_root if "plain" in str(python) else "")
-    cells = [first, CHECK, CHECK_WORKERS, "'done'"]
+    names = f"import sys\nROOT = {str(REPO_ROOT)!r}\nLOCAL = {LOCAL!r}"
+    cells = [names, ATTACH_LATE if "plain" in str(python) else "", CHECK, CHECK_WORKERS, "'done'"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, kernel_name="vtg", resources=resources, timeout=120).execute()

@@ -4,6 +4,7 @@ RL."""
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from utils.common import UserError
 from utils.logging_utils import MetricsWriter, get_logger
@@ -81,6 +83,52 @@ class AtTrainBegin(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Call it."""
         self.action()
+
+
+class ProgressLines(ProgressCallback):
+    """Trainer's progress bar, with one short line for each record instead of a dictionary."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """As Trainer's, unless bars are off; a resumed run's bar starts where it left."""
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        self.current_step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write one line above the bar."""
+        if state.is_world_process_zero and (line := progress_line(logs or {})):
+            text = f"step {state.global_step}/{state.max_steps}  {line}"
+            if self.training_bar is not None:
+                self.training_bar.write(text, file=sys.stderr)
+            else:
+                get_logger().info(text)
+
+
+def progress_line(logs: dict[str, float]) -> str:
+    """What a person follows: loss, language rate and speed of a training record, the metrics of a validation."""
+    if "loss" in logs:
+        shown = f"loss {logs['loss']:.4f}"
+        if "learning_rate/language" in logs:
+            shown += f"  lr {logs['learning_rate/language']:.2e}"
+        return f"{shown}  {logs.get('samples_per_second', 0.0):.1f} samples/s"
+    if "eval_mIoU" in logs:
+        recalls = "  ".join(f"R1@{t} {logs[f'eval_R1@{t}']:.1f}" for t in ("0.3", "0.5", "0.7"))
+        unreadable, seconds = logs["eval_parse_failure_rate"], logs["eval_runtime"]
+        return (
+            f"validation: mIoU {logs['eval_mIoU']:.1f}  {recalls}  unreadable answers {unreadable:.1f} %  "
+            f"({logs['eval_num_samples']} queries, {seconds:.0f} s)"
+        )
+    return ""
 
 
 class StopOnInterrupt(TrainerCallback):

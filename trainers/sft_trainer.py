@@ -17,14 +17,15 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy
 
 from datasets.collate_fns import Batch, VideoCollator, answer_columns
 from datasets.encoding import IGNORE
 from datasets.video_dataset import VideoTemporalDataset
-from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, SpeedMeter, StopOnInterrupt
+from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, ProgressLines, SpeedMeter, StopOnInterrupt
 from trainers.generation import answer_rows, check_sees_video
 from trainers.model import Policy
 from trainers.parts import LearningRates, parameter_size, part_of
@@ -114,6 +115,9 @@ class VideoSFTTrainer(Trainer):
         setup: SFTSetup,
     ) -> None:
         self.setup = setup
+        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
+        if eval_dataset is None:
+            args.eval_strategy = IntervalStrategy.NO
         self.faults = FaultCounter(len(train_dataset), setup.max_bad_fraction)
         pad = policy.processor.tokenizer.pad_token_id
         self.eval_collator = VideoCollator(pad, eval_dataset.blank(), side="left") if eval_dataset is not None else None
@@ -129,6 +133,9 @@ class VideoSFTTrainer(Trainer):
             compute_loss_func=answer_loss,
             callbacks=[self.stop, AtTrainBegin(self.check_sight)],
         )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ProgressLines())
         if setup.run is not None:
             self.add_callback(MetricsCallback(setup.run.metrics_path, str(args.output_dir)))
         if setup.early_stopping_patience is not None:

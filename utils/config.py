@@ -102,7 +102,9 @@ class AnnotationSource(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
+        if not isinstance(value, str | Path | dict):
+            raise ValueError("must be a path, or a mapping of path and weight")
+        return value if isinstance(value, dict) else {"path": value}
 
     @field_validator("path", mode="before")
     @classmethod

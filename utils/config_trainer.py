@@ -157,7 +157,7 @@ def _to_trainer(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     values |= {"remove_unused_columns": False, "label_names": ["labels"]}
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
-        if old in values and new in known:  # since transformers 5.2x the old name is deprecated
+        if old in values and new in known:  # 5.17 has the old name alone, 5.23 deprecates it
             values[new] = values.pop(old)
     return {name: _trainer_value(value) for name, value in values.items() if name in known}
 

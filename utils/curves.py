@@ -136,8 +136,11 @@ PANELS = (
     Panel("Training loss", "loss", ("train/loss",), smooth=True),
     Panel("Learning rate", "per parameter group", ("train/learning_rate/",), from_zero=True, log_if_apart=True),
     Panel(
-        "Validation", "%", ("eval/mIoU", "eval/R1@0.5", "eval/R1@0.3", "eval/R1@0.7"),
-        mark_best=("eval/mIoU", "eval/R1@0.5"), from_zero=True,
+        "Validation",
+        "%",
+        ("eval/mIoU", "eval/R1@0.5", "eval/R1@0.3", "eval/R1@0.7"),
+        mark_best=("eval/mIoU", "eval/R1@0.5"),
+        from_zero=True,
     ),
     Panel("Gradient norm", "norm", ("train/grad_norm",), smooth=True, from_zero=True),
     Panel("Unparsable answers", "% of validation answers", ("eval/parse_failure_rate",), from_zero=True),

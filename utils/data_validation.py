@@ -275,7 +275,8 @@ class Checker:
             yield "duration_mismatch", f"`duration` is {row.duration:g} s, but {file}"
 
     def _twins(self, row: Row, earlier: dict[Any, Row]) -> Iterator[Finding]:
-        key = (self.video_of(row), row.video_start, row.video_end, row.timestamp, row.sentence.strip())
+        # exact, so that twins share every other fault: a repair that drops the first for one drops both for it
+        key = (self.video_of(row), row.video_start, row.video_end, row.timestamp, row.sentence)
         first = earlier.setdefault(key, row)
         if first is not row:
             yield "duplicate_row", f"the same video, window and sentence as {first.file}:{first.line}"

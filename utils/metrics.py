@@ -206,7 +206,7 @@ def _windows(sample: Sample, key: str) -> list[Span] | None:
         ) from error
 
 
-def _window(value: Sequence[float]) -> Span:
+def _window(value: Any) -> Span:
     if isinstance(value, str) or len(value) not in (2, 3):
         raise ValueError("a window is [start, end] or [start, end, score]")
     return Span(float(value[0]), float(value[1]))

@@ -34,7 +34,7 @@ DECORD_DEADLINE_S = 60.0
 DECORD_DEADLINE_PER_PACKET_S = 0.05
 """After this long a call into decord counts as hung: far beyond the slowest honest decode (4K on a busy core)."""
 
-Choice = Callable[[np.ndarray], np.ndarray]
+Choose = Callable[[np.ndarray], np.ndarray]
 """Given the times of the frames there are (seconds, ascending), the indices of those to read, ascending."""
 
 Pixels = tuple[np.ndarray, np.ndarray]
@@ -43,7 +43,7 @@ Pixels = tuple[np.ndarray, np.ndarray]
 Result = TypeVar("Result")
 
 
-def read_pyav(file: VideoFile, stretch: Stretch, choose: Choice, height: int, width: int) -> Pixels:
+def read_pyav(file: VideoFile, stretch: Stretch, choose: Choose, height: int, width: int) -> Pixels:
     """Read the chosen frames by PyAV; choose again among those that decode when a few of the stretch's do not."""
     chosen = choose(stretch.times_s)
     frames, found = file.decode(stretch, stretch.ticks[chosen], height, width)
@@ -60,7 +60,7 @@ def read_pyav(file: VideoFile, stretch: Stretch, choose: Choice, height: int, wi
     return frames, stretch.times_s[chosen]
 
 
-def read_decord(file: VideoFile, stretch: Stretch, choose: Choice, height: int, width: int) -> Pixels:
+def read_decord(file: VideoFile, stretch: Stretch, choose: Choose, height: int, width: int) -> Pixels:
     """Read the chosen frames by decord, or by PyAV where decord cannot read this file exactly.
 
     decord counts packets, not frames, so frames hidden by an edit list or lost in a damaged part shift its numbers,
@@ -80,7 +80,8 @@ def read_decord(file: VideoFile, stretch: Stretch, choose: Choice, height: int, 
     try:
         frames = with_deadline(read, DECORD_DEADLINE_S + DECORD_DEADLINE_PER_PACKET_S * len(stretch.log.ticks))
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
-        logger.warning("decord cannot read %s (%s); read by PyAV instead", file.path, str(error).split("\n")[0])
+        # Worth no warning: PyAV reads the same frames (decord 0.6 knows no AV1, for one).
+        logger.info("decord cannot read %s; read by PyAV instead (%s)", file.path, str(error).split("\n")[0])
         frames = None
     except FutureTimeoutError:
         _decord_hung.set()

@@ -268,7 +268,7 @@ class VideoFile:
 
     def _checked_end(self, log: PacketLog, start: float, end_s: float | None) -> float:
         """End of the stretch when its packets ran to the end of the file, whose true end is then known."""
-        last = int(np.argmax(np.where(log.is_shown, log.ticks, np.iinfo(np.int64).min)))
+        last = max((i for i, is_shown in enumerate(log.is_shown) if is_shown), key=log.ticks.__getitem__)
         measured = float((log.ticks[last] + log.durations[last] - self.origin) * self.time_base)
         slack = max(END_SLACK_S, float(log.durations[last] * self.time_base))
         header_end = self.header_end_s
@@ -310,20 +310,20 @@ class VideoFile:
         """
         import av
 
-        frames = np.zeros((len(wanted), height, width, 3), dtype=np.uint8)
+        frames = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
         found = np.zeros(len(wanted), dtype=bool)
-        position = {int(tick): i for i, tick in enumerate(wanted)}
+        position = {tick: i for i, tick in enumerate(wanted.tolist())}
         turns = self.rotation // 90
         coded = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
         resize = av.video.reformatter.VideoReformatter()
         for picture in self._pictures(stretch, stretch.log.needed(wanted)):
-            i = position.get(picture.pts)
+            i = position.pop(picture.pts, None)
             if i is not None:
                 # One thread: for small pictures swscale's own threads cost 20 times the work.
                 rgb = resize.reformat(picture, **coded, format="rgb24", interpolation="BICUBIC", threads=1)
-                frames[i] = np.rot90(rgb.to_ndarray(), turns)
+                frames[i] = np.rot90(rgb.to_ndarray(), turns) if turns else rgb.to_ndarray()
                 found[i] = True
-                if found.all():
+                if not position:
                     break
         return frames, found
 

@@ -186,9 +186,7 @@ def test_unreadable_video_is_a_named_fault(make_dataset: Callable[..., Any]) -> 
     assert batch["indices"] == [0] and len(batch["faults"]) == 1 and len(batch["input_ids"]) == 1
 
 
-def test_overlong_prompt_loses_frames_evenly_and_says_so(
-    processor: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_overlong_prompt_loses_frames_evenly_and_says_so(processor: Any, caplog: pytest.LogCaptureFixture) -> None:
     clip = clip_from_frames(moving_frames(32, 64, 64), fps=2.0)
     messages = build_messages(PromptConfig(), "x")
     full = len(encode_prompt(processor, messages, clip)["input_ids"])

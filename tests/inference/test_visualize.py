@@ -167,13 +167,18 @@ def test_nothing_leaves_the_page():
     queries = ["short", "a person in a red shirt picks up $5 and puts it on the table " * 12, "W" * 500, "é" * 500]
     for query in queries:
         figure = draw(
-            [None, answer([], parsed=False, raw_text="W" * 300), (3599.0, 3600.0), (-1e6, 1e6)],
+            [None, answer([], parsed=False, raw_text="W" * 300), (3599.0, 3600.0), (-1e9, 1e300)],
             [(10.0, 15.0)],
             duration=3700.0,
             query=query,
             labels=["a label that is much longer than the column", "W" * 60, "c", "d"],
         )
         assert len(figure.texts) <= 4
+        listed = [text for text in axes_of(figure, "windows").texts if " – " in text.get_text()]
+        scores = [text for text in axes_of(figure, "windows").texts if text.get_text() in ("0.00", "IoU")]
+        edge = min(score.get_window_extent().x0 for score in scores)
+        assert len(listed) == 3 and all(text.get_window_extent().x1 < edge for text in listed)
+        pixels(figure)  # draws
         for text in [*figure.texts, *axes_of(figure, "windows").texts]:
             box = text.get_window_extent()
             assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
@@ -202,8 +207,10 @@ def test_several_queries_name_the_rows_and_have_no_common_truth():
 @pytest.mark.parametrize("shape", [(180, 320), (320, 180), (40, 400), (100, 100)])
 @pytest.mark.parametrize("given", [False, True])
 def test_frames_keep_their_shape(shape, given):
-    options = {"pictures": frames(7, 64, 64), "aspect": shape[1] / shape[0]} if given else {"pictures": frames(7, *shape)}
-    figure = draw([(-5.0, 60.0)], **options)
+    if given:  # whatever shape the decoder gave the frames
+        figure = draw([(-5.0, 60.0)], pictures=frames(7, 64, 64), aspect=shape[1] / shape[0])
+    else:
+        figure = draw([(-5.0, 60.0)], pictures=frames(7, *shape))
     strip = axes_of(figure, "frames")
     assert len(strip.images) == 7
     for image in strip.images:
@@ -244,7 +251,8 @@ def test_times_are_rounded_before_they_are_split():
     assert format_time(math.inf, 90, 1) == "inf"
 
 
-def test_characters_without_a_font_are_said_in_one_line(tmp_path, caplog, recwarn):
+def test_characters_without_a_font_are_said_in_one_line(tmp_path, caplog, recwarn, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", False)  # caplog also listens at the root
     get_logger().addHandler(caplog.handler)
     try:
         save_figure(draw([(1, 2)], query="\U0001308b\U0001309d"), tmp_path / "hieroglyphs.png", dpi=50)
@@ -262,7 +270,7 @@ def test_wrapping():
     assert wrap("", 4, 9) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- from files
+# ----------------------------------------------------------------------------------------------------------- from files
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +285,7 @@ def video(tmp_path_factory):
 def test_a_file_of_every_kind(video, tmp_path, suffix, start):
     target = tmp_path / "new" / f"picture.{suffix}"
     written = visualize_temporal_grounding(
-        video_path=video, predictions=[(1.0, 2.0)], ground_truths=[(1.0, 3.0)], output_path=str(target), query="it opens"
+        video_path=video, predictions=[(1.0, 2.0)], ground_truths=[(1.0, 3.0)], output_path=str(target), query="opens"
     )
     assert written == target and target.read_bytes().startswith(start)
     assert [file.name for file in target.parent.iterdir()] == [target.name]
@@ -324,6 +332,7 @@ def no_decoding(monkeypatch):
         ({"ground_truths": [(1, 2, 3)]}, "pairs"),
         ({"predictions": (3.0, 9.0)}, r"predictions\[0\] must be a list, got 3\.0"),
         ({"predictions": {"segments": []}}, r"predictions=\[\.\.\.\] even for one"),
+        ({"predictions": iter([(0.0, 1.0)])}, "predictions must be a list"),
         ({"predictions": [("a", "b")]}, r"predictions\[0\].*pairs"),
         ({"predictions": [{"raw_text": "x"}]}, r"predictions\[0\] has neither segments nor start_time"),
         ({"predictions": [(0, 1)] * 101}, "at most 100 predictions, got 101"),
@@ -340,6 +349,11 @@ def test_bad_input_is_refused_before_anything_is_decoded(change, message, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_video_without_length_has_no_time_axis():
+    with pytest.raises(UserError, match="duration_s must be above 0"):
+        draw([], duration=0.0)
+
+
 def test_an_unreadable_video_is_named_and_leaves_no_picture(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     for name in ("broken.mp4", "missing.mp4"):
@@ -351,7 +365,7 @@ def test_an_unreadable_video_is_named_and_leaves_no_picture(tmp_path):
 
 
 def test_the_package_loads_nothing_heavy():
-    code = "import sys, inference; sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'av', 'numpy')))"
+    code = "import sys, inference; sys.exit(any(n in sys.modules for n in ('torch', 'matplotlib', 'av', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT).returncode == 0
 
 

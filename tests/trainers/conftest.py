@@ -1,4 +1,5 @@
-"""Fixtures of the trainer tests: a small configuration on the tiny checkpoint, and what `train_sft.py` builds from it."""
+"""Fixtures of the trainer tests: a small configuration on the tiny checkpoint, and what `train_sft.py` builds from
+it."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ def config_with(tiny_model: Path, demo_data: Path, tmp_path: Path) -> Callable[.
             "training.dataloader_num_workers=0",
             "training.eval_strategy=no",
             "training.save_strategy=no",
+            "training.save_total_limit=null",
             "training.logging_steps=1",
             "training.disable_tqdm=true",
             "training.use_cpu=true",
@@ -69,13 +71,6 @@ def trainer_for(tmp_path: Path) -> Callable[..., VideoSFTTrainer]:
         rates = LearningRates.from_training(config.training)
         policy = load_policy(config.model, config.lora, rates)
         contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
-        return VideoSFTTrainer(
-            policy, train_set, val_set, args, SFTSetup.from_config(config, rates, contract, run)
-        )
+        return VideoSFTTrainer(policy, train_set, val_set, args, SFTSetup.from_config(config, rates, contract, run))
 
     return build
-
-
-def losses(trainer: VideoSFTTrainer) -> list[float]:
-    """Training loss of every logged step."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

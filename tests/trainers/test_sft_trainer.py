@@ -47,8 +47,8 @@ def test_loss_equals_stock_transformers_row_by_row(config_with: ConfigWith, trai
         one = trainer.data_collator([sample])
         num_labels = int((one["labels"] != -100).sum())
         stock = model(**model_inputs(one, torch.device("cpu")), labels=one["labels"]).loss
-        total, count = total + float(stock) * num_labels, count + num_labels
-    assert float(ours) == pytest.approx(total / count, rel=1e-5)
+        total, count = total + stock.item() * num_labels, count + num_labels
+    assert ours.item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_batch_order_does_not_change_a_samples_loss(config_with: ConfigWith, trainer_for: TrainerFor) -> None:
@@ -90,15 +90,15 @@ def test_golden_losses_of_five_steps(config_with: ConfigWith, trainer_for: Train
     assert losses(trainer) == pytest.approx(GOLDEN_LOSSES, rel=2e-3)
 
 
-GOLDEN_LOSSES = [0.0, 0.0, 0.0, 0.0, 0.0]
+GOLDEN_LOSSES = [5.9347, 5.9436, 5.2800, 4.8363, 4.6941]
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_only_what_should_train_moves(
     mode: str, config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path
 ) -> None:
-    overrides = [*LORA, "training.vision_tower_lr=0"] if mode == "lora" else ["training.vision_tower_lr=0"]
-    trainer = trainer_for(config_with(*overrides, "training.max_steps=2"))
+    overrides = ["training.vision_tower_lr=0", *(LORA if mode == "lora" else ())]
+    trainer = trainer_for(config_with(*overrides))
     before = parameters(trainer.model)
     trainer.train()
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
@@ -136,9 +136,7 @@ def test_each_part_has_its_learning_rate(config_with: ConfigWith, trainer_for: T
     assert sum(p.numel() for group in groups for p in group["params"]) == trained
 
 
-def test_resume_repeats_the_uninterrupted_run(
-    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path
-) -> None:
+def test_resume_repeats_the_uninterrupted_run(config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path) -> None:
     overrides = ("training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", *LORA)
     whole = trainer_for(config_with(*overrides), tmp_path / "whole")
     whole.train()
@@ -209,7 +207,7 @@ def test_a_batch_of_faults_only_has_zero_loss(config_with: ConfigWith, trainer_f
     outputs = trainer.model(**model_inputs(batch, torch.device("cpu")), logits_to_keep=batch["logits_to_keep"])
     loss = answer_loss(outputs, batch["labels"])
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
@@ -222,9 +220,7 @@ def test_a_blind_model_is_refused(config_with: ConfigWith, trainer_for: TrainerF
         trainer.train()
 
 
-def test_an_earlier_run_is_not_trained_over(
-    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path
-) -> None:
+def test_an_earlier_run_is_not_trained_over(config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path) -> None:
     config = config_with("training.max_steps=1")
     trainer = trainer_for(config)
     trainer.train()

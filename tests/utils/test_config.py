@@ -11,6 +11,8 @@ from typing import Protocol
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from utils.common import REPO_ROOT, UserError
@@ -27,6 +29,7 @@ from utils.config import (
     save_config,
 )
 from utils.config_trainer import check_deepspeed
+from utils.config_yaml import parse_yaml, to_yaml
 
 SFT_YAML = REPO_ROOT / "configs/training/sft_config.yaml"
 DATA_YAML = REPO_ROOT / "configs/data/video_config.yaml"
@@ -142,7 +145,7 @@ def test_a_wrong_value_does_not_hide_a_broken_rule(write: Writer) -> None:
         ("data:\n  train: [{path: a, weigt: 2}]", "data.train[0].weigt is not a key (c.yaml:2); did you mean weight?"),
         ("data:\n  train: [a, {weight: 2}]\n", "data.train[1].path is missing (c.yaml:2)"),
         ("data:\n  train: {path: a, weight: 0}\n", "data.train.weight must be > 0, got 0 (c.yaml:2)"),
-        ("data:\n  train: [3]\n", "data.train[0] must be a mapping of keys, got 3 (c.yaml:2)"),
+        ("data:\n  train: [3]\n", "data.train[0] must be a path, or a mapping of path and weight, got 3 (c.yaml:2)"),
         ("data:\n  val: ''\n", "data.val must be the path of a JSONL file, got '' (c.yaml:2)"),
         ("data:\n  fps: .nan\n", "data.fps must be a finite number, got nan (c.yaml:2)"),
         ("data:\n  fps: true\n", "data.fps must be a number, got true (c.yaml:2)"),
@@ -152,6 +155,7 @@ def test_a_wrong_value_does_not_hide_a_broken_rule(write: Writer) -> None:
         ("model:\n  trust_remote_code: yes\n", "model.trust_remote_code must be true or false, got 'yes' (c.yaml:2)"),
         ("model: {vision_tower: a}", "model.vision_tower must look like package.module:factory, got 'a' (c.yaml:1)"),
         ("lora:\n  target_modules: [q, 3]", "lora.target_modules[1] must be text, got 3 (c.yaml:2); put it in quotes"),
+        ("model: {name_or_path: ''}", "model.name_or_path must not be empty, got '' (c.yaml:1)"),
         ("lora:\n  lora_dropout: 1\n", "lora.lora_dropout must be < 1, got 1 (c.yaml:2)"),
         ("data:\n  max_bad_fraction: 2\n", "data.max_bad_fraction must be <= 1, got 2 (c.yaml:2)"),
     ],
@@ -368,6 +372,17 @@ def test_config_pickles_and_copies() -> None:
     for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
         assert twin == config and twin.training.values()["adam_beta2"] == 0.95
         assert twin.training.model_fields_set == {"adam_beta2"}
+
+
+TRICKY = ["1e-4", "no", "1:30", "0x1", ".nan", "~", "- a", "{", "a: b", "2001-01-01", "\x85", " "]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(TRICKY)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(max_size=3), SCALARS | st.lists(SCALARS, max_size=2), max_size=4))
+def test_what_is_written_is_read_back(value: dict) -> None:
+    read, document = parse_yaml(to_yaml(value), "c.yaml")
+    assert (read, document.problems) == (value, [])
 
 
 # ---- TrainingArguments

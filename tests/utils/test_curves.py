@@ -115,7 +115,7 @@ def test_nothing_to_plot_is_an_error_that_names_the_file(tmp_path):
 def test_from_file_to_picture(tmp_path):
     path = tmp_path / "m.jsonl"
     with MetricsWriter(path, "r") as writer:
-        for record in records():
+        for record in records(30):
             writer.write(record["step"], {key: value for key, value in record.items() if "/" in key})
     picture = plot_curves(path, tmp_path / "new folder" / "curves.png")
     assert picture == tmp_path / "new folder" / "curves.png"

@@ -272,6 +272,13 @@ def test_fix_drops_what_a_repair_brings_out(tmp_path: Path) -> None:
     assert status == 0 and stamps(lines) == [[20, 30]]
 
 
+def test_fix_keeps_one_of_two_twins(tmp_path: Path) -> None:
+    records = [GOOD | {"sentence": " a dog"}, GOOD | {"sentence": "a dog"}]
+    for policy, kept in (("outer_space=drop", ["a dog"]), ("outer_space=clip", ["a dog"])):
+        status, lines = run_fix(tmp_path, records, policy, "duplicate_row=drop")
+        assert status == 0 and [json.loads(line)["sentence"] for line in lines] == kept
+
+
 def test_fix_on_the_files_clock(tmp_path: Path) -> None:
     records = [trimmed(50, 80, [49.8, 60]), trimmed(50, 80, [70, 80.3]), trimmed(50, 80, [5, 10])]
     policies = ["start_before_clip=clip", "end_past_duration=clip", "trim_reading=drop"]
@@ -433,5 +440,5 @@ def test_tacos_duplicates(tmp_path: Path) -> None:
             rows.append({"video": video, "duration": item["num_frames"] / item["fps"], "timestamp": stamp})
             rows[-1]["sentence"] = sentence
     report = validate([write(tmp_path / "val.jsonl", rows)])
-    distinct = {(row["video"], tuple(row["timestamp"]), row["sentence"].strip()) for row in rows}
-    assert report.num_rows == 4436 and report.counts["duplicate_row"] == 4436 - len(distinct) == 517
+    distinct = {(row["video"], tuple(row["timestamp"]), row["sentence"]) for row in rows}
+    assert report.num_rows == 4436 and report.counts["duplicate_row"] == 4436 - len(distinct) == 516

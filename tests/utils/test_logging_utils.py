@@ -63,7 +63,7 @@ class Terminal(io.StringIO):
         return True
 
 
-# ------------------------------------------------------------------------------------------------------------ the logger
+# ----------------------------------------------------------------------------------------------------------- the logger
 
 
 def test_line_format_on_the_console_and_in_the_file(tmp_path, stderr):
@@ -156,7 +156,7 @@ def test_rank_comes_from_the_launcher(monkeypatch):
         process_rank()
 
 
-# ------------------------------------------------------------------------------------------------------ the metrics file
+# ----------------------------------------------------------------------------------------------------- the metrics file
 
 
 def test_records_are_flushed_and_carry_run_step_and_time(tmp_path):
@@ -244,7 +244,7 @@ def test_a_missing_metrics_file_is_named(tmp_path):
         read_metrics(tmp_path / "nowhere.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------------- facts of the run
+# ----------------------------------------------------------------------------------------------------- facts of the run
 
 
 def test_environment_versions():
@@ -302,7 +302,7 @@ def test_peak_memory_grows_with_use():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (5 * 2**40, "5.0 TiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (2**42, "4.0 TiB")],
 )
 def test_human_bytes(value, text):
     assert human_bytes(value) == text

@@ -1,4 +1,4 @@
-"""Metrics on cases worked out by hand, on degenerate input, and on the published trivial baselines of real test sets."""
+"""Metrics on cases worked out by hand, on degenerate input, and against published baselines of real test sets."""
 
 import csv
 import json
