@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from utils.attach import attach
+from utils.common import run_command, settle_accelerator
 
 attach()
+settle_accelerator()
 
 from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
 from trainers.sft_trainer import SFTSetup, VideoSFTTrainer  # noqa: E402
-from utils.common import run_command  # noqa: E402
 from utils.config import SFTConfig, load_config  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
 from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402

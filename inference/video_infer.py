@@ -20,15 +20,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.attach import attach
+from utils.common import UserError, run_command, settle_accelerator
 
 attach()
+settle_accelerator()
 
 from datasets.collate_fns import VideoCollator  # noqa: E402
 from datasets.encoding import fit_prompt  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
 from trainers.model import load_for_inference  # noqa: E402
-from utils.common import UserError, run_command  # noqa: E402
 from utils.config import DataConfig, PromptConfig, StrictModel, load_config  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.prompts import PromptContract, build_messages  # noqa: E402
@@ -231,7 +232,7 @@ def main() -> None:
         visualize_temporal_grounding(
             video_path=args.video,
             predictions=[found],
-            ground_truths=[tuple(window) for window in args.ground_truth],
+            ground_truths=[tuple(window) for window in args.ground_truth] or None,
             output_path=args.output,
             query=args.query,
         )

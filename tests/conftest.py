@@ -1,8 +1,10 @@
 """What every test process needs. Fixtures live beside the tests that use them (`tests/trainers/conftest.py`, ...)."""
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -58,5 +60,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3-VL checkpoint with tied embeddings, in the Hugging Face layout."""
     make_tiny = _script("make_tiny_model")
     sentences = _script("make_demo_data").all_sentences()
-    texts = make_tiny.prompt_texts(sentences, PromptConfig(question="When {sentence}?"))
+    texts = make_tiny.prompt_texts(sentences, PromptConfig(question="When does it happen that {sentence}?"))
     return make_tiny.build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", texts)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """An entry script's `main` sets the logger up for itself; the next test finds it as it was."""
+    logger = logging.getLogger("vtg")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    logger.propagate = True  # caplog listens at the root
+    yield
+    logger.level, logger.propagate, logger.handlers[:] = before

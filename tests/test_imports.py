@@ -19,6 +19,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from _pytest.mark import ParameterSet
 
 from utils.attach import attach
 from utils.common import REPO_ROOT
@@ -182,9 +183,17 @@ def test_from_elsewhere_with_install(editable: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("python", ["plain", "editable"], indirect=True)
-@pytest.mark.parametrize("place", ["root", "elsewhere"])
-@pytest.mark.parametrize("trl_first", [True, False])
+@pytest.mark.parametrize(
+    ("trl_first", "place", "python"),
+    [
+        (True, "root", "plain"),
+        (False, "root", "plain"),
+        (True, "root", "editable"),
+        (True, "elsewhere", "plain"),
+        (True, "elsewhere", "editable"),
+    ],
+    indirect=["python"],
+)
 def test_with_trl(trl_first: bool, place: str, python: Path, tmp_path: Path) -> None:
     find_root = ATTACH_LATE if place == "elsewhere" and "plain" in str(python) else ""
     code = [CHECK_TRL, find_root, CHECK] if trl_first else [find_root, CHECK, CHECK_TRL]
@@ -223,10 +232,17 @@ def _runs_as_main(path: Path) -> bool:
     return calls and any(ast.unparse(test) == "__name__ == '__main__'" for test in tests)
 
 
-@pytest.mark.slow
+def entry_cases() -> list[ParameterSet]:
+    """Each entry, marked slow if its imports are: what handles a model takes seconds to start."""
+    return [
+        pytest.param(entry, marks=pytest.mark.slow if entry.startswith(("train_", "inference/")) else ())
+        for entry in entry_files()
+    ]
+
+
 @pytest.mark.parametrize("python", ["plain", "editable"], indirect=True)
 @pytest.mark.parametrize("place", ["root", "elsewhere"])
-@pytest.mark.parametrize("entry", entry_files())
+@pytest.mark.parametrize("entry", entry_cases())
 def test_entry_runs(entry: str, place: str, python: Path, tmp_path: Path) -> None:
     """`--help` gets past all imports. Rooms of plain modules are run by name (`python -m utils.data_validation`)."""
     by_name = entry.startswith(("utils/", "datasets/", "trainers/", "rewards/"))

@@ -193,9 +193,15 @@ class MetricsCallback(TrainerCallback):
 
 
 def slash_names(logs: dict[str, float]) -> dict[str, float]:
-    """Trainer's flat keys as stable slash names: `eval_mIoU` -> `eval/mIoU`, `loss` -> `train/loss`."""
-    out: dict[str, float] = {}
-    for key, value in logs.items():
-        name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key.removeprefix('train_')}"
-        out[name] = value
-    return out
+    """Trainer's flat keys as stable slash names: `loss` -> `train/loss`, `eval_mIoU` -> `eval/mIoU`.
+
+    Its summary of the whole run (`train_loss`, `train_runtime`, ...) goes to `run/`: `train/loss` is one step's.
+    """
+    return {_slash_name(key): value for key, value in logs.items()}
+
+
+def _slash_name(key: str) -> str:
+    for prefix, room in (("eval_", "eval/"), ("train_", "run/")):
+        if key.startswith(prefix):
+            return room + key.removeprefix(prefix)
+    return f"train/{key}"

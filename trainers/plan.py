@@ -32,7 +32,7 @@ def describe_plan(
         f"batch:       {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {world} "
         f"process(es) = {batch}",
         f"steps:       {steps} ({per_epoch} an epoch), warm-up {args.get_warmup_steps(steps)}, "
-        f"{args.lr_scheduler_type}",
+        f"{args.lr_scheduler_type.value}",
         f"tokens:      about {lengths[len(lengths) // 2]} a sample (median), {lengths[-1]} at most, from durations",
         f"precision:   weights {next(model.parameters()).dtype}, bf16 autocast {args.bf16}".replace("torch.", ""),
         f"parameters:  {describe_trainable(model, rates)}",

@@ -75,6 +75,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def settle_accelerator() -> None:
+    """Tell DeepSpeed to use the CPU where torch has no accelerator; call it before anything imports DeepSpeed.
+
+    Left alone it guesses on import, and warns about its guess in every process, whether DeepSpeed is used or not.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command-line `main` and exit with its status (None means 0).
 

@@ -52,6 +52,7 @@ def read_pyav(file: VideoFile, stretch: Stretch, choose: Choose, height: int, wi
         lost = int((~exists).sum())
         if lost > max(LOST_FRAMES, LOST_FRACTION * len(exists)) or lost == len(exists):
             raise VideoReadError(file.path, f"{lost} of the {len(exists)} frames wanted do not decode (damaged)")
+        logger.warning("%s: %d of %d frames do not decode; sampled from the others", file.path, lost, len(exists))
         stretch = stretch.only(exists)
         chosen = choose(stretch.times_s)
         frames, found = file.decode(stretch, stretch.ticks[chosen], height, width)
@@ -116,9 +117,9 @@ def decord_index(reader: Any, file: VideoFile, stretch: Stretch) -> int | None:
     """decord's number of the stretch's first frame, or None unless decord and the file agree on what there is to show.
 
     They agree when decord's table has, from that frame on, exactly the stretch's times, and nothing before time 0 or
-    past the end of the video, which is where edit lists hide frames. Containers that seek by guessing (MPEG-TS) and open
-    groups of pictures (HEVC's default, some H.264) are left out: there decord counts from the wrong frame, without a
-    sign.
+    past the end of the video, which is where edit lists hide frames. Containers that seek by guessing (MPEG-TS) and
+    open groups of pictures (HEVC's default, some H.264) are left out: there decord counts from the wrong frame, without
+    a sign.
     """
     if not file.seeks_exactly or any(is_open for _, _, is_open in stretch.log.groups()):
         return None

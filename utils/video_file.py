@@ -129,7 +129,8 @@ class VideoFile:
     """One video stream opened by PyAV. Use as a context manager; every failure is a `VideoReadError`.
 
     `height` and `width` are those of the picture as shown (after rotation by multiples of 90 degrees; pixels are taken
-    as square and mirroring is ignored, as decord does); `num_decoded` counts the frames that went through the decoder.
+    as square and mirroring is ignored, as decord does); `origin` is the tick of time 0; `num_decoded` counts the frames
+    that went through the decoder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -139,6 +140,7 @@ class VideoFile:
         with plain_errors(self.path):
             self._open()
             picture = self._first_picture()
+        self.origin: int = picture.pts or 0
         self.rotation = picture.rotation if picture.rotation % 90 == 0 else 0  # counter-clockwise degrees
         self.height, self.width = picture.height, picture.width
         if self.rotation % 180:
@@ -177,7 +179,7 @@ class VideoFile:
             yield packet
 
     def _read_head(self) -> list[Packet]:
-        """Packets from the first key frame until none shown earlier can follow; sets the tick of time 0.
+        """Packets from the first key frame until none shown earlier can follow.
 
         No packet is shown before its decoding time, so a decoding time past the earliest shown one ends the search.
         """
@@ -191,18 +193,14 @@ class VideoFile:
                 break
         if not shown:
             raise VideoReadError(self.path, "it holds no frame that can be shown (empty or cut short)")
-        self.origin = min(shown)
         return head
 
     def _first_picture(self) -> VideoFrame:
-        """The first decoded frame: the only place where PyAV tells the rotation."""
-        context, head = self._stream.codec_context, self._head or []
-        for packets in (head[:1], head):
-            pictures = [picture for packet in [*packets, None] for picture in context.decode(packet)]
-            context.flush_buffers()
-            if pictures:
-                return pictures[0]
-        raise VideoReadError(self.path, "its first frames do not decode (damaged or cut short)")
+        """The first frame that is shown. Only decoding tells it: frames that refer back past the start never show."""
+        pictures = list(self._decode_packets(self._head or []))
+        if not pictures or pictures[0].pts is None:
+            raise VideoReadError(self.path, "its first frames do not decode (damaged or cut short)")
+        return pictures[0]
 
     @property
     def header_end_s(self) -> float | None:
@@ -211,7 +209,8 @@ class VideoFile:
             start = self.origin if self._stream.start_time is None else self._stream.start_time
             return float((start + self._stream.duration - self.origin) * self.time_base)
         if self._container.duration and len(self._container.streams) == 1:
-            return self._container.duration / 1e6
+            # Matroska counts from its own 0, not from the first frame.
+            return self._container.duration / 1e6 - float(self.origin * self.time_base)
         return None
 
     @property
@@ -261,6 +260,7 @@ class VideoFile:
             else:
                 end = self._checked_end(log, start, end_s)
         ticks = log.shown_ticks()
+        ticks = ticks[ticks >= self.origin]
         inside = ticks[(ticks >= self.tick(start)) & (ticks < self.tick(end))]
         if len(inside) == 0:
             inside = ticks[ticks < self.tick(end)][-1:]
@@ -269,19 +269,25 @@ class VideoFile:
     def _checked_end(self, log: PacketLog, start: float, end_s: float | None) -> float:
         """End of the stretch when its packets ran to the end of the file, whose true end is then known."""
         last = max((i for i, is_shown in enumerate(log.is_shown) if is_shown), key=log.ticks.__getitem__)
-        measured = float((log.ticks[last] + log.durations[last] - self.origin) * self.time_base)
-        slack = max(END_SLACK_S, float(log.durations[last] * self.time_base))
+        last_s, frame_s = ((log.ticks[last] - self.origin) * self.time_base, log.durations[last] * self.time_base)
+        slack = max(END_SLACK_S, float(frame_s))
         header_end = self.header_end_s
-        if header_end is not None and header_end > measured + slack:
-            raise VideoReadError(
-                self.path, f"its header promises {header_end:.2f} s but the data ends at {measured:.2f} s (cut short?)"
-            )
-        video_end = max(measured, header_end or 0.0)
+        if header_end is None or header_end <= last_s:
+            video_end = float(last_s + frame_s)
+        elif header_end <= last_s + slack + 2 * self._longest_gap_s(log):
+            video_end = header_end
+        else:
+            found = f"its header promises {header_end:.2f} s but the data ends at {float(last_s):.2f} s"
+            raise VideoReadError(self.path, f"{found} (cut short?)")
         if start >= video_end - CLOCK_SLACK_S:
             raise VideoReadError(self.path, f"the stretch starts at {start} s but the video ends at {video_end:.3f} s")
         if end_s is not None and end_s > video_end + slack:
             raise VideoReadError(self.path, f"the stretch ends at {end_s} s but the video ends at {video_end:.3f} s")
         return video_end if end_s is None else min(float(end_s), video_end)
+
+    def _longest_gap_s(self, log: PacketLog) -> float:
+        """Longest time from one frame to the next: how long a variable-rate file may go on after its last frame."""
+        return float(np.diff(log.shown_ticks()).max(initial=0) * self.time_base)
 
     def _packets_from(self, tick: int) -> Iterator[Packet]:
         """Packets in decoding order from a key frame shown at or before `tick`."""
@@ -334,16 +340,26 @@ class VideoFile:
 
     def _pictures(self, stretch: Stretch, needed: np.ndarray) -> Iterator[Any]:
         packets: Iterable[Packet] | None = stretch.log.packets
-        if packets is None:
-            packets = self._packets_from(self.tick(stretch.start_s))
-        context = self._stream.codec_context
         with plain_errors(self.path):
-            context.flush_buffers()
+            if packets is None:
+                packets = self._packets_from(self.tick(stretch.start_s))
             used = (packet for packet, is_needed in zip(packets, needed, strict=False) if is_needed)
-            for packet in itertools.chain(used, [None]):
-                for picture in context.decode(packet):
-                    self.num_decoded += 1
-                    yield picture
+            yield from self._decode_packets(used)
+
+    def _decode_packets(self, packets: Iterable[Packet]) -> Iterator[Any]:
+        """Pictures as shown; a packet that gives none (damaged, or refers to lost ones) is skipped."""
+        import av
+
+        context = self._stream.codec_context
+        context.flush_buffers()
+        for packet in itertools.chain(packets, [None]):
+            try:
+                pictures = context.decode(packet)
+            except av.error.InvalidDataError:
+                continue
+            self.num_decoded += len(pictures)
+            yield from pictures
+        context.flush_buffers()
 
 
 def decoder_threads(num_pixels: int) -> int:

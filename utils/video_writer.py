@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,6 +26,8 @@ def write_mp4(
 ) -> None:
     """Write RGB frames as H.264 (yuv420p) in an mp4, atomically; the same input gives the same bytes.
 
+    The last frame is shown for as long as the one before it.
+
     Args:
         frames: uint8, shape (T, H, W, 3), H and W even (yuv420p halves both).
         fps: constant frame rate; frame i is shown at i / fps. Exactly one of `fps` and `times_s` is given.
@@ -46,14 +49,19 @@ def write_mp4(
         stream.codec_context.time_base = time_base
         stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
         stream.options = {"crf": str(crf), "preset": "veryfast"}
+        if times_s is not None:
+            stream.codec_context.max_b_frames = 0  # reordered frames keep their times, but not how long the last shows
         if gop_size is not None:
             stream.codec_context.gop_size = gop_size
         gap = ticks[-1] - ticks[-2] if len(ticks) > 1 else 1
-        for picture, tick, following in zip(frames, ticks, [*ticks[1:], ticks[-1] + gap], strict=True):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts, frame.time_base, frame.duration = tick, time_base, following - tick
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        durations = dict(zip(ticks, np.diff([*ticks, ticks[-1] + gap]).tolist(), strict=True))
+        pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in frames)
+        for picture, tick in zip(itertools.chain(pictures, [None]), [*ticks, 0], strict=True):
+            if picture is not None:
+                picture.pts, picture.time_base = tick, time_base
+            for packet in stream.encode(picture):
+                packet.duration = durations[packet.pts or 0]  # x264 forgets it, and the last frame would end at a guess
+                container.mux(packet)
 
 
 def _check_frames(frames: np.ndarray) -> None:
