@@ -66,12 +66,12 @@ def main() -> int:
     rates = LearningRates.from_training(config.training)
     policy = load_policy(config.model, config.lora, rates, deepspeed=bool(args.deepspeed))
     contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
-    setup = SFTSetup.from_config(config, rates, contract, run)
-    trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)
     if run is None:
         print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
-        print(describe_batch(train_set, trainer.data_collator, training_args.per_device_train_batch_size))  # noqa: T201
+        print(describe_batch(train_set, training_args.per_device_train_batch_size))  # noqa: T201
         return 0
+    setup = SFTSetup.from_config(config, rates, contract, run)
+    trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)
     contract.save(run.output_dir)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if trainer.interrupted:

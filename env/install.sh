@@ -192,11 +192,12 @@ show_progress() {
                 if [[ -t 2 || "$name" =~ [0-9]{2,}(\.[0-9]+)?\ MB|GB ]]; then text="Downloading $name"; fi
                 ;;
             Progress\ *)
-                if [[ "$line" =~ ^Progress\ ([0-9]+)\ of\ ([0-9]+) ]] && { [[ -t 2 ]] || ((SECONDS - shown >= 10)); }; then
+                # eight digits at least: progress of less than 10 MB is none
+                if [[ "$line" =~ ^Progress\ ([0-9]+)\ of\ ([0-9]{8,}) ]] && { [[ -t 2 ]] || ((SECONDS - shown >= 10)); }; then
                     text="$name: $((BASH_REMATCH[1] / 1000000)) of $((BASH_REMATCH[2] / 1000000)) MB"
                 fi
                 ;;
-            Installing\ collected*) text="Unpacking $(wc -w <<<"${line#*: }") packages" ;;
+            Installing\ collected*) text="Unpacking $(wc -w <<<"${line#*: }") package(s)" ;;
         esac
         if [[ -z "$text" ]]; then continue; fi
         shown=$SECONDS
@@ -299,6 +300,7 @@ install_all() {
 }
 
 main() {
+    trap 'say "interrupted; run the same command again to go on"; exit 130' INT
     parse_options "$@"
     if [[ -n "${VTG_PYTHON:-}" ]]; then
         "$VTG_PYTHON" -c '' || fail "VTG_PYTHON=$VTG_PYTHON does not run"

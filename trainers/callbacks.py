@@ -3,6 +3,7 @@ RL."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -141,6 +142,7 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.requested = False
         self._previous: Any = None
+        self._pid = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Install the handler (signals reach the main thread only)."""
@@ -148,6 +150,8 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked data worker, which Ctrl-C reaches as well: it must live until the step is done
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

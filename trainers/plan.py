@@ -41,10 +41,10 @@ def describe_plan(
     return "\n".join(lines)
 
 
-def describe_batch(dataset: VideoTemporalDataset, collator: VideoCollator, size: int) -> str:
+def describe_batch(dataset: VideoTemporalDataset, size: int) -> str:
     """Collate the first `size` rows and decode them: prompts with visual tokens counted, the learnt answer apart."""
     samples = [dataset[index] for index in range(min(size, len(dataset)))]
-    batch = collator(samples)
+    batch = VideoCollator(dataset.processor.tokenizer.pad_token_id, dataset.blank())(samples)
     lines = [
         f"{key}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         for key, value in batch.items()

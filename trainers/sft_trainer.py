@@ -29,7 +29,7 @@ from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, Prog
 from trainers.generation import answer_rows, check_sees_video
 from trainers.model import Policy
 from trainers.parts import LearningRates, parameter_size, part_of
-from utils.checkpoints import BEST, FINAL, replace_folder, saving, write_manifest
+from utils.checkpoints import BEST, FINAL, replace_folder, rotate, saving, write_manifest
 from utils.common import UserError, atomic_open
 from utils.config import SFTConfig
 from utils.logging_utils import get_logger, peak_memory_bytes
@@ -116,6 +116,7 @@ class VideoSFTTrainer(Trainer):
     ) -> None:
         self.setup = setup
         args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
+        self.num_kept, args.save_total_limit = args.save_total_limit, None  # `rotate` does it; see there
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
         self.faults = FaultCounter(len(train_dataset), setup.max_bad_fraction)
@@ -292,6 +293,8 @@ class VideoSFTTrainer(Trainer):
         with saving(folder, self._checkpoint_bytes(with_optimizer=True)):
             super()._save_checkpoint(model, trial)
         self._seal(folder)
+        if self.args.should_save:
+            rotate(folder.parent, self.num_kept)
         self.speed.skip(time.perf_counter() - started)
 
     def save_named(self, name: str, metrics: dict[str, float] | None = None) -> Path:

@@ -68,6 +68,17 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in folders if not manifest_problems(path)), key=step_of)
 
 
+def rotate(output_dir: Path, keep: int | None) -> None:
+    """Remove the oldest complete `checkpoint-<step>` folders beyond `keep` (None keeps all).
+
+    The best and the final checkpoint are no such folders, and the newest complete one always stays. Trainer's own
+    rotation goes by modification time over every `checkpoint-*`, `checkpoint-best` included, before the new one is sealed.
+    """
+    if keep is not None:
+        for folder in complete_checkpoints(output_dir)[: -max(keep, 1)]:
+            shutil.rmtree(folder)
+
+
 def resolve_resume(output_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint folder to go on from, or None for a fresh start.
 

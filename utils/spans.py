@@ -2,17 +2,18 @@
 
 How an answer is read:
 
-1. Its last complete `<answer>...</answer>`; without one, what follows the last `</think>`; else the whole text.
-2. The first grammar of `_GRAMMARS` that finds a window gives all windows, in written order:
-   JSON objects by key, clock times (`1:05 - 1:12.5`), ranges with a unit (`3.2s - 7.9s`, `2 to 2.5 min`), labelled
-   times (`Start: 3.0, End: 7`), plain ranges (`3 to 7`, `3 - 7`, `[3, 7]`, `between 3 and 7`).
-3. Without a window, a sentence that says the event is absent gives `[]`; anything else gives None.
+1. The text of its last complete `<answer>...</answer>`; without one, what follows the last `</think>`; else all of it.
+2. JSON objects, by key. An object that holds no window is set aside: its numbers are never read as prose.
+3. The first of these that finds a window gives all windows, in written order: clock times (`1:05 - 1:12.5`), ranges with
+   a unit (`3.2s - 7.9s`, `2 to 2.5 min`), labelled times (`Start: 3.0, End: 7`), plain ranges (`3 to 7`, `3 - 7`, `[3, 7]`,
+   `between 3 and 7`).
+4. Without a window, a sentence that says the event is absent gives `[]`; anything else gives None.
 
-What is decided where an answer is doubtful: a unit on one side of a range holds for the other (`2 to 2.5 min`); a unit of
-the last of several joined ranges holds for those before it. Times are never paired because they stand near each other:
-something has to join or label them. Percentages, and fractions said to be "of the video", need the duration; frame
-numbers, counts (`2 to 3 people`), decimal commas and dates give nothing. A range whose clause denies it
-(`does not happen from 3 to 7 s`) is no window. Nothing is swapped, clipped or rounded: a reversed window stays as written.
+What is decided where an answer is doubtful: something has to join or label two times, nearness never does. A unit on one
+side of a range holds for the other, and for the ranges listed beside it. A plain range must read as a time: not
+`2 to 3 people`, `steps 1 to 3`, `bbox [10, 20]`, `score: 3-7`, frame numbers, dates, sums, decimal commas. Lengths
+(`lasts 5 to 8 seconds`) and ranges that are denied (`does not happen from 3 to 7 s`) are no windows. Percentages, and
+fractions said to be "of the video", need the duration. Nothing is swapped, clipped or rounded: a reversed window stays.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 __all__ = ["Span", "parse_spans", "temporal_iou"]
@@ -53,13 +53,20 @@ def parse_spans(text: str, duration: float | None = None) -> list[Span] | None:
     """
     if not isinstance(text, str):
         return None
-    answer = _plain_text(_answer_part(text))
     length = _positive(duration)
-    for grammar in _GRAMMARS:
-        spans = grammar(answer, length)
-        if spans is not None:
-            return spans
-    return [] if _says_absent(answer) else None
+    spans, prose = _read_json(_plain_text(_answer_part(text)), length)
+    if spans is not None:
+        return spans
+    prose = prose.translate(_QUOTES)
+    times = _times(prose, length)
+    ranges = _ranges(prose, times, length)
+    return (
+        _spans_of(ranges, "clock")
+        or _spans_of(ranges, "unit")
+        or _labelled(prose, times)
+        or _spans_of(ranges, "plain")
+        or ([] if _says_absent(prose) else None)
+    )
 
 
 def temporal_iou(pred: Any, gt: Any) -> float:
@@ -78,393 +85,602 @@ def temporal_iou(pred: Any, gt: Any) -> float:
         return 0.0
     # The union of overlapping windows is their hull; unlike a sum of lengths it cannot round below the intersection.
     hull = max(a.end, b.end) - min(a.start, b.start)
-    return intersection / hull if math.isfinite(hull) else 0.0
+    if math.isinf(hull):  # only when it is longer than the largest float: the ratio is the same on a smaller scale
+        return temporal_iou((a.start / 4, a.end / 4), (b.start / 4, b.end / 4))
+    return intersection / hull
 
 
 def _window(value: Any) -> Span | None:
-    try:
-        start, end = (float(bound) for bound in value)
-    except (TypeError, ValueError, OverflowError):
+    if isinstance(value, bytes | bytearray | Mapping | Set):  # these iterate too, over something else than two bounds
         return None
-    return Span(start, end) if math.isfinite(start) and math.isfinite(end) and end > start else None
+    try:
+        start, end = value
+        if not (math.isfinite(start) and math.isfinite(end)):  # refuses text, which float() would take
+            return None
+        window = Span(float(start), float(end))
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        return None
+    return window if window.end > window.start else None
 
 
 def _positive(duration: Any) -> float | None:
     try:
         value = float(duration)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     return value if math.isfinite(value) and value > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------- what is read
-_DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")
-_OTHER_CHARS = {ord("\u2192"): "->", ord("\u301c"): "~", ord("\u2019"): "'", ord("*"): "", ord("`"): ""}
+_ANSWER_TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE)
+_THINK_END = re.compile(r"</think\s*>", re.IGNORECASE)
+_CHARS = {
+    **{0xFF01 + i: chr(0x21 + i) for i in range(94)},  # full-width forms
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe58\ufe63"), "-"),
+    **dict.fromkeys(map(ord, "\u2014\u2015"), " - "),  # an em dash never is a sign
+    **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff`"), ""),
+    **dict.fromkeys(map(ord, "\u301c\u223c"), "~"),
+    **{0x2192: "->", 0x2026: "...", 0x2019: "'"},
+}
+_QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u00ab\u00bb"), '"')
+_EMPHASIS = re.compile(r"(?<![\d*])\*++|(?<!\*)\*++(?!\d)")  # 3*4 is no emphasis
 
 
 def _answer_part(text: str) -> str:
-    close = text.rfind("</answer>")
-    while close != -1:
-        start = text.rfind("<answer>", 0, close)
-        if start != -1:
-            return text[start + len("<answer>") : close]
-        close = -1
-    return text.rsplit("</think>", 1)[-1]
+    answer: str | None = None
+    opened: int | None = None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            opened = tag.end()
+        elif opened is not None:
+            answer, opened = text[opened : tag.start()], None
+    if answer is not None:
+        return answer
+    thought = 0
+    for tag in _THINK_END.finditer(text):
+        thought = tag.end()
+    return text[thought:]
 
 
 def _plain_text(text: str) -> str:
-    """Full-width digits, the many dashes and markdown emphasis as plain characters."""
-    return unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES).translate(_OTHER_CHARS)
+    """One kind of digit, dash and space, no markdown emphasis, no blank lines."""
+    plain = _EMPHASIS.sub("", text.translate(_CHARS))
+    lines = (" ".join(line.split()) for line in plain.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 # ---------------------------------------------------------------------------------------------- times in a text
-# A sign counts unless it joins two numbers: after a digit, a letter or a closing bracket the dash is a separator.
-_SIGN = r"(?:(?<![\w.)\]>%\"'])(?<!\d\s)[-+])?"
-# Thousands have commas, but not between brackets: [100,200] is a pair.
-_DIGITS = r"(?:(?<![\[(\d])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\])\d,])|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-_GAP = r"[ \t\r\n\u00a0]{0,3}"
-_HOURS = r"(?:hours?|hrs?|h)(?![A-Za-z])"
-_MINUTES = r"(?:minutes?|mins?|m)(?![A-Za-z])"
-_SECONDS = r"(?:seconds?|secs?|s)(?![A-Za-z])"
-_JOIN = rf"{_GAP}(?:,|and\b)?{_GAP}"
+# A sign counts unless it joins two numbers: after a word, a digit, a closing bracket or a dash it is a separator.
+_SIGN = r"""(?:(?<![\w.)\]>%"'-])[-+])?"""
+_THOUSANDS = r"\d{1,3}(?:,\d{3}){1,5}(?:\.\d++)?(?!,?\d)"
+# [100,200] is a pair, not a hundred thousand.
+_NUMBER = rf"(?:(?<![\[(]){_THOUSANDS}|{_THOUSANDS}(?![\])])|\d++(?:\.\d++)?|\.\d++)(?:e[-+]?\d{{1,3}}+)?"
+_HOURS = r"(?:hours?|hrs?|h)(?![a-z])"
+_MINUTES = r"(?:minutes?|mins?|m)(?![a-z])"
+_SECONDS = r"(?:seconds?|secs?|s)(?![a-z])"
+_THEN = r"[ ]?(?:,|and\b)?[ ]?"
+_BEFORE_UNIT = r"""[ ]?(?:[)\]>"']{1,2}[ ]?)?(?:\(|in[ ])?"""
 
 _TIME = re.compile(
     rf"""
-    (?<![\w.])(?P<sign>{_SIGN})(?<![A-Za-z_])
+    (?<![\w.])(?<!\d[:'/\u2032\u2044])(?P<sign>{_SIGN})
     (?:
-      (?P<clock>(?:(?P<ch>\d{{1,4}}):)?(?P<cm>\d{{1,4}}):(?P<cs>\d{{2}}(?:\.\d+|,\d{{3}}(?!\d))?))(?![\d:]|\.\d)
-        (?:{_GAP}(?:{_SECONDS}|{_MINUTES}))?
-    | (?P<compound>
-        (?P<h>{_DIGITS}){_GAP}{_HOURS}(?:{_JOIN}(?P<hm>{_DIGITS}){_GAP}{_MINUTES})?(?:{_JOIN}(?P<hs>{_DIGITS}){_GAP}{_SECONDS})?
-      | (?P<m>{_DIGITS}){_GAP}{_MINUTES}{_JOIN}(?P<ms>{_DIGITS}){_GAP}{_SECONDS}
-      )
-    | (?P<number>{_DIGITS})(?![\d:]|\.\d)
-        (?:{_GAP}(?:
-            (?P<percent>%|percent\b|per{_GAP}cent\b)
-          | (?P<unit>(?:milliseconds?|millisecs?|msecs?|ms)(?![A-Za-z])|{_SECONDS}|minutes?\b|mins?\b)
-        ) | (?P<attached>m(?![A-Za-z])))?
-      (?!\w)
-    )
+      (?P<clock>(?:(?P<ch>\d{{1,4}}):)?(?P<cm>\d{{1,4}}):(?P<cs>\d{{2}}(?:\.\d++|,\d{{3}}(?!\d))?))(?!:?\d|\.\d|/\d)
+        (?:[ ]?(?:{_SECONDS}|{_MINUTES}))?(?![ ]?(?:{_HOURS}|[ap]\.?m\b))
+    | (?P<h>{_NUMBER})[ ]?{_HOURS}{_THEN}(?P<hm>{_NUMBER})[ ]?{_MINUTES}(?:{_THEN}(?P<hs>{_NUMBER})[ ]?{_SECONDS})?
+    | (?P<m>{_NUMBER})[ ]?{_MINUTES}{_THEN}(?P<ms>{_NUMBER})[ ]?{_SECONDS}
+    | (?P<number>{_NUMBER})(?!\.?\d|[:'/\u2032\u2044]\d|[\u00b0$\u20ac\u00a3\u00a5^])
+        (?:{_BEFORE_UNIT}(?P<unit>
+          %|percent\b|per[ ]cent\b|(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])|{_SECONDS}|minutes?\b|mins?\b|{_HOURS}
+        ) | (?P<attached>m(?![a-z])))?
+    )(?!\w)
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_FRAME_BEFORE = re.compile(r"\bframes?[ ]?(?:indices|index|ids?|numbers?|no\.?|#)?[ :=#(\[]{0,3}$", re.IGNORECASE)
-_FRAME_AFTER = re.compile(r"[ ]?(?:-?th|-?st|-?nd|-?rd)?[ -]?frames?\b", re.IGNORECASE)
 _LOOK = 48
 """Characters looked at before, between and after times: enough for the words that join them, and bounded."""
 
 
+class _Unit(NamedTuple):
+    """Seconds per number, as a fraction: 1500 ms / 1000 is exactly 1.5 s, 1500 * 0.001 need not be."""
+
+    factor: float
+    divisor: float = 1.0
+
+    def seconds(self, number: float) -> float:
+        return number * self.factor / self.divisor
+
+
+_SECOND = _Unit(1.0)
+
+
 class _Time(NamedTuple):
     value: float
-    """Seconds; for "plain", "percent" and "frame" the bare number."""
+    """Seconds, or the bare number when it is plain; nan when it cannot be told (`1:75`, percent without duration)."""
     kind: str
-    """clock, unit, plain, percent or frame."""
-    scale: float
-    """Seconds per unit of the number as written."""
+    """clock, unit, percent or plain."""
+    unit: _Unit | None
+    """The unit that a plain number beside it takes; None when there is none (`1:05`, `1 min 5 s`)."""
     begin: int
     stop: int
 
+    def beside(self, other: _Time) -> float:
+        """Seconds of this time in a range with `other`. Zero is zero in every unit."""
+        if self.kind != "plain" or self.value == 0:
+            return self.value
+        return other.unit.seconds(self.value) if other.unit else math.nan
 
-def _times(text: str) -> list[_Time]:
-    return [_read_time(text, match) for match in _TIME.finditer(text)]
+
+def _times(text: str, duration: float | None) -> list[_Time]:
+    times: list[_Time] = []
+    for match in _TIME.finditer(text):
+        time = _read_time(match, duration)
+        # "3.2 -7.9" and "3s -7s" are ranges; after a negative time the sign stays.
+        if match["sign"] and times and times[-1].value >= 0 and text[times[-1].stop : time.begin] == " ":
+            time = time._replace(value=abs(time.value), begin=time.begin + 1)
+        times.append(time)
+    return times
 
 
-def _read_time(text: str, match: re.Match[str]) -> _Time:
-    group = match.groupdict()
-    sign = -1.0 if group["sign"] == "-" else 1.0
-    kind, value, scale = "plain", 0.0, 1.0
-    if group["clock"]:
-        seconds = _number(group["cs"].replace(",", "."))
-        minutes = _number(group["cm"])
-        in_range = seconds < 60 and (group["ch"] is None or minutes < 60)
-        kind, value = "clock", 3600 * _number(group["ch"]) + 60 * minutes + seconds if in_range else math.nan
-    elif group["compound"]:
-        hours, minutes = _number(group["h"]), _number(group["hm"] or group["m"])
-        kind, value = "unit", 3600 * hours + 60 * minutes + _number(group["hs"] or group["ms"])
+def _read_time(match: re.Match[str], duration: float | None) -> _Time:
+    unit: _Unit | None = None
+    if match["clock"]:
+        kind, value = "clock", _clock(match)
+    elif match["number"]:
+        kind, unit = _unit((match["unit"] or match["attached"] or "").lower(), duration)
+        value = unit.seconds(_float(match["number"]))
     else:
-        unit = (group["unit"] or group["attached"] or "").lower()
-        scale = 0.001 if unit.startswith(("ms", "milli")) else 60.0 if unit.startswith("m") else 1.0
-        kind = "percent" if group["percent"] else "unit" if unit else "plain"
-        number = _number(group["number"])
-        # Dividing keeps 1500 ms at exactly 1.5 s, which multiplying by 0.001 need not.
-        value = number / 1000 if scale == 0.001 else number * scale
-    before = text[max(0, match.start() - _LOOK) : match.start()]
-    if kind == "plain" and (_FRAME_BEFORE.search(before) or _FRAME_AFTER.match(text, match.end())):
-        kind = "frame"
-    return _Time(sign * value, kind, scale, match.start(), match.end())
+        minutes, seconds = _float(match["hm"] or match["m"]), _float(match["hs"] or match["ms"])
+        kind, value = "unit", 3600 * _float(match["h"]) + 60 * minutes + seconds
+    return _Time(-value if match["sign"] == "-" else value, kind, unit, match.start(), match.end())
 
 
-def _number(text: str | None) -> float:
+def _clock(match: re.Match[str]) -> float:
+    minutes, seconds = _float(match["cm"]), float(match["cs"].replace(",", "."))
+    if seconds >= 60 or (match["ch"] and minutes >= 60):
+        return math.nan
+    return 3600 * _float(match["ch"]) + 60 * minutes + seconds
+
+
+def _unit(name: str, duration: float | None) -> tuple[str, _Unit]:
+    if name.startswith(("%", "per")):
+        return "percent", _Unit(duration or math.nan, 100.0)
+    if name.startswith(("ms", "milli")):
+        return "unit", _Unit(1.0, 1000.0)
+    return "unit" if name else "plain", _Unit({"m": 60.0, "h": 3600.0}.get(name[:1], 1.0))
+
+
+def _float(text: str | None) -> float:
     return float(text.replace(",", "")) if text else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- ranges
-_ABOUT = r"(?:about|around|approximately|approx\.?|roughly|nearly|almost|the|time|t\s?=|~)"
+_ABOUT = r"(?:about|around|approximately|approx\.?|roughly|nearly|almost|exactly|the|time|seconds?|t[ ]?=|~)"
 _JOINS = re.compile(
-    rf"""[\s>"')\]]{{0,4}},?\s?(?:(?:up[ ])?to|until|till|through|thru|-{{1,3}}>?|=>|~|\.{{2,3}})\s?(?:{_ABOUT}\s?){{0,2}}"""
-    r"""[\s<"'(\[]{0,4}""",
+    r"""[>"')\]]{0,2},?(?:\s?(?:(?:up[ ]|through[ ]|on[ ])?to|until|till|through|thru)\b[ ]?[:=]?|[ ]?(?:-{1,3}>?|=>|~|\.{2,3}))\s?"""
+    rf"""(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}""",
     re.IGNORECASE,
 )
-_AND = re.compile(rf"""[\s>"')]{{0,3}}and\s?(?:{_ABOUT}\s?){{0,2}}[\s<"'(]{{0,3}}""", re.IGNORECASE)
-_COMMA = re.compile(r"\s{0,3},\s{0,3}")
-_BETWEEN = re.compile(rf"""\bbetween\s{{1,3}}(?:{_ABOUT}\s?){{0,2}}[<"'(]?$""", re.IGNORECASE)
-_FROM = re.compile(rf"""\b(?:from|between|at|during|in|is|:)\s{{0,3}}(?:{_ABOUT}\s?){{0,2}}[<"'(\[]?$""", re.IGNORECASE)
+_AND = re.compile(rf"""[>"')\]]{{0,2}}\sand\s(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}""", re.IGNORECASE)
+_BETWEEN = re.compile(rf"""\bbetween\s(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}$""", re.IGNORECASE)
+_COMMA = re.compile(r"""["']?\s?,\s?["']?""")
+_OPENING = re.compile(r"""[\[(]["']?$""")
+_CLOSING = re.compile(r"""["']?[\])]""")
 _CONNECTS = re.compile(
-    r"""[\s)\]>.]{0,3}(?:,|;|and|or|then|&|also|again|\s){1,6}(?:from|between|at)?[\s(\[<]{0,3}""", re.IGNORECASE
-)
-_OF_VIDEO = re.compile(
-    r"\s{0,2}(?:\(?(?:normali[sz]ed|relative)|of\s(?:the\s|its\s)?(?:whole\s|total\s|full\s|entire\s)?"
-    r"(?:video|clip|duration|length|footage))",
+    r"""[ )\]>"'.]{0,3}(?:,|;|&|\n(?:[-\u2022]|\d{1,2}[.)])?|and|or|then|also|again|[ ])*(?:from|between|at)?[ (\[<"']{0,3}""",
     re.IGNORECASE,
-)
-_NEXT_WORD = re.compile(r"[\s\"')\]>]{0,3}([A-Za-z]+)")
-_FUNCTION_WORDS = frozenset(
-    "in of is are was were and or the a an as at on when where while during with then for from to by it this that which "
-    "he she they i so but because after before within until since if inside between also again has have".split()
-)
-_DENIES = re.compile(
-    r"(?:\bnot\b|n't\b|\bnever\b|\bno\b|\bcannot\b|\bwithout\b|\bneither\b)[^.;!?]{0,60}$"
-    r"|\bno\s(?:such\s)?(?:event|moment|segment|match)",
-    re.IGNORECASE,
-)
-_CLAUSE_BREAK = re.compile(
-    r"[;!?\n]|\.(?!\d)|,\s(?:it|but|rather|instead)\b|\bbut\b|\binstead\b|\brather\b", re.IGNORECASE
 )
 
 
 class _Range(NamedTuple):
-    span: Span
+    first: _Time
+    second: _Time
     kind: str
-    begin: int
-    stop: int
+    """clock, unit (percent and fractions too) or plain."""
+    unit: _Unit | None
+    """Of its plain numbers, and of plain ranges listed beside it."""
+
+    @property
+    def span(self) -> Span:
+        lender = self.second._replace(unit=self.unit)
+        return Span(self.first.beside(lender), self.second.beside(lender))
 
 
-def _ranges(text: str, duration: float | None) -> list[_Range]:
-    """Every range that words or signs join, plain ones included; a unit reaches back over joined ranges."""
-    times = _times(text)
-    found: list[_Range] = []
+def _spans_of(ranges: list[_Range], kind: str) -> list[Span]:
+    return [found.span for found in ranges if found.kind == kind and all(map(math.isfinite, found.span))]
+
+
+def _ranges(text: str, times: list[_Time], duration: float | None) -> list[_Range]:
+    """Every range that words or signs join, plain ones included."""
+    found = [_resolve(text, first, second, duration) for first, second in _joined_pairs(text, times)]
+    ranges = [item for item in found if item is not None and not _is_denied(text, item.first.begin)]
+    for order in (range(len(ranges) - 1, 0, -1), range(1, len(ranges))):  # a unit reaches back over a list, then on
+        for index in order:
+            _share_unit(text, ranges, index)
+    return ranges
+
+
+def _share_unit(text: str, ranges: list[_Range], index: int) -> None:
+    before, after = ranges[index - 1], ranges[index]
+    kinds = {before.kind, after.kind}
+    gap = text[before.second.stop : after.first.begin]
+    if kinds == {"plain", "unit"} and len(gap) <= _LOOK and _CONNECTS.fullmatch(gap):
+        giver = before if before.kind == "unit" else after
+        ranges[index - 1] = before._replace(kind="unit", unit=giver.unit if before.kind == "plain" else before.unit)
+        ranges[index] = after._replace(kind="unit", unit=giver.unit if after.kind == "plain" else after.unit)
+
+
+def _joined_pairs(text: str, times: list[_Time]) -> list[tuple[_Time, _Time]]:
+    """Neighbours that are joined to each other alone: three in a row are a date, a part number or a sum."""
+    pairs: list[tuple[_Time, _Time]] = []
     index = 0
     while index + 1 < len(times):
-        first, second = times[index], times[index + 1]
-        joined = _is_joined(text, first, second) and not _is_chain(text, times, index)
-        window = _resolve(text, first, second, duration) if joined else None
-        if window is not None and not _is_denied(text, first.begin):
-            found.append(window)
-        index += 2 if joined else 1
-    for position in range(len(found) - 2, -1, -1):
-        here, after = found[position], found[position + 1]
-        if here.kind == "plain" and after.kind == "unit" and _CONNECTS.fullmatch(text[here.stop : after.begin][:_LOOK]):
-            found[position] = here._replace(kind="unit")
-    return found
+        if _is_bracketed(text, times[index], times[index + 1]):
+            pairs.append((times[index], times[index + 1]))
+            index += 2
+            continue
+        run = [times[index]]
+        while index + len(run) < len(times) and _is_joined(text, run[-1], times[index + len(run)]):
+            run.append(times[index + len(run)])
+        index += len(run)
+        if len(run) == 3 and run[0].kind == "plain" != run[1].kind == run[2].kind:
+            run = run[1:]  # "Scene 2 - 0:12 to 0:20": the number is a name
+        if len(run) == 2 and not _is_broken(text, *run):
+            pairs.append((run[0], run[1]))
+    return pairs
+
+
+def _before(text: str, time: _Time) -> str:
+    return text[max(0, time.begin - _LOOK) : time.begin]
+
+
+def _is_bracketed(text: str, first: _Time, second: _Time) -> bool:
+    """`[3, 7]`, `("0:03", "0:07")`; the closing bracket may stand before the unit, inside the second time."""
+    if second.begin - first.stop > 8 or not _COMMA.fullmatch(text, first.stop, second.begin):
+        return False
+    closed = _CLOSING.match(text, second.stop) or re.search(r"[\])]", text[second.begin : second.stop])
+    return closed is not None and _OPENING.search(_before(text, first)) is not None
 
 
 def _is_joined(text: str, first: _Time, second: _Time) -> bool:
-    gap = text[first.stop : second.begin]
-    if len(gap) > _LOOK:
+    if second.begin - first.stop > _LOOK:
         return False
-    if _JOINS.fullmatch(gap):
+    if _JOINS.fullmatch(text, first.stop, second.begin):
         return True
-    before = text[max(0, first.begin - _LOOK) : first.begin]
-    if _AND.fullmatch(gap):
-        return bool(_BETWEEN.search(before))
-    if not _COMMA.fullmatch(gap):
-        return False
-    opens = before.rstrip()[-1:] in ("[", "(")
-    return opens and text[second.stop : second.stop + 4].lstrip()[:1] in ("]", ")")
+    return bool(_AND.fullmatch(text, first.stop, second.begin) and _BETWEEN.search(_before(text, first)))
 
 
-def _is_chain(text: str, times: list[_Time], index: int) -> bool:
-    """Whether a third number hangs on with a dash (a date, a part number) or by a decimal comma."""
-    first, second = times[index], times[index + 1]
-    if index and re.fullmatch(r"\s?[-/]\s?", text[times[index - 1].stop : first.begin][:4] or "x"):
+_DECIMAL_COMMA_AFTER = re.compile(r"(?<=\d),\d")
+_DECIMAL_COMMA_BEFORE = re.compile(r"(?<![\d.])\d+,$")
+_OPERATOR_AFTER = re.compile(r"[ )\]]{0,2}(?:=(?!>)|[*+/^\u00d7])")
+_OPERATOR_BEFORE = re.compile(r"\d[ )]{0,2}[*+/^\u00d7][ (]{0,2}$")
+
+
+def _is_broken(text: str, first: _Time, second: _Time) -> bool:
+    """Whether the two numbers are parts of longer ones (`3,2 to 7,9`) or of a sum (`7.9 - 3.2 = 4.7`)."""
+    before = _before(text, first)
+    if _OPERATOR_AFTER.match(text, second.stop) or _OPERATOR_BEFORE.search(before):
         return True
-    if index + 2 < len(times) and re.fullmatch(r"\s?[-/]\s?", text[second.stop : times[index + 2].begin][:4] or "x"):
-        return True
-    before, after = text[max(0, first.begin - 2) : first.begin], text[second.stop : second.stop + 2]
-    return bool(re.match(r",\d", after) or re.search(r"\d,$", before))
+    return _has_decimal_comma(text, first) or _has_decimal_comma(text, second)
+
+
+def _has_decimal_comma(text: str, time: _Time) -> bool:
+    written = text[time.begin : time.stop]
+    if time.kind == "clock" or "." in written:
+        return False
+    return bool(_DECIMAL_COMMA_AFTER.match(text, time.stop) or _DECIMAL_COMMA_BEFORE.search(_before(text, time)))
+
+
+# ---------------------------------------------------------------------------------------------- what a range means
+_AFTER = r"""[ "')\]>]{0,3}"""
+_NEXT_WORD = re.compile(rf"{_AFTER}-?([A-Za-z]+)")
+_LAST_WORD = re.compile(r"(\w+)(\W*)$")
+_ABOUT_TAIL = re.compile(rf"(?:\b{_ABOUT}[ ]?){{1,2}}$", re.IGNORECASE)
+# Words that may follow a plain range (nothing that can be counted), and words that may stand before one.
+_FOLLOWERS = frozenset(
+    "in of is are was were and or the a an as at on when where while during with then for from to by it this that which he "
+    "she they i we you someone somebody there these those his her their its so but because after before within until since "
+    "if inside into through between also again has have where who whose approximately roughly respectively inclusive mark "
+    "start starts end ends".split()
+)
+_LEADERS = frozenset(
+    "from between at during in around within over is are was were be and or then to so also again not just only likely "
+    "happens happen happened occurs occur occurred appears spans place visible seen shown found located boxed "
+    "time times timestamp timestamps seconds sec secs s interval intervals segment segments window windows span spans "
+    "range ranges period answer answers output response result video".split()
+)
+_OTHER_THINGS = re.compile(
+    r"(?:frames?|steps?|pages?|lines?|scores?|confidence|prob\w*|b?box(?:es)?|bbox_\w+|points?|positions?|coord\w*|counts?|ages?|"
+    r"resolution|size|ratio|speed|ids?|chapters?|questions?|weight|height|width|distance|temperature|people|persons|number)",
+    re.IGNORECASE,
+)
+_FRAMES_BEFORE = re.compile(
+    r"""frames?(?:[ _](?:from|between|range|ind(?:ex|ices)|ids?|numbers?|no))*[ :=#("'\[]*$""", re.IGNORECASE
+)
+_LENGTH_BEFORE = re.compile(
+    rf"\b(?:for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another|additional)\s(?:{_ABOUT}[ ]?){{0,2}}$", re.IGNORECASE
+)
+_LENGTH_AFTER = re.compile(
+    rf"{_AFTER}-?(?:long|later|ago|apart|each|in (?:length|duration)|(?:before|from|until) the end|clips?|videos?|footage)\b",
+    re.IGNORECASE,
+)
+_FRACTION_WORD = r"(?:normali[sz]ed|relative|fractions?|proportions?)"
+_FRACTION_BEFORE = re.compile(rf"\b{_FRACTION_WORD}\b[^.;\n]{{0,24}}$", re.IGNORECASE)
+_FRACTION_AFTER = re.compile(rf"{_AFTER}\(?(?:as )?(?:an? |the )?{_FRACTION_WORD}\b", re.IGNORECASE)
+_OF_VIDEO = re.compile(
+    rf"{_AFTER}of (?:the |its )?(?:(?:whole|total|full|entire) )?(?:video|clip|duration|length|footage|way)\b", re.IGNORECASE
+)
 
 
 def _resolve(text: str, first: _Time, second: _Time, duration: float | None) -> _Range | None:
-    """The two times in seconds, units shared; None when they are not times or cannot be."""
-    kinds = {first.kind, second.kind}
-    if "frame" in kinds or (kinds == {"plain"} and not _may_be_seconds(text, first, second)):
+    """The range of two joined times; None when it is none of time."""
+    kinds = (first.kind, second.kind)
+    if "clock" in kinds:
+        # A plain number beside a clock time has no unit: `0:12 to 20` is left unread.
+        return _Range(first, second, "clock", None)
+    if _LENGTH_BEFORE.search(_before(text, first)) or _LENGTH_AFTER.match(text, second.stop):
         return None
-    kind = next(k for k in ("clock", "percent", "unit", "plain") if k in kinds)
-    start, end = first.value, second.value
-    if kind == "unit":
-        start = start * second.scale if first.kind == "plain" else start
-        end = end * first.scale if second.kind == "plain" else end
-    is_fraction = kind == "plain" and max(start, end) <= 1 and _OF_VIDEO.match(text, second.stop) is not None
-    if kind == "percent" or is_fraction:
-        if duration is None or not kinds <= {"percent", "plain"}:
-            return None
-        whole = 100.0 if kind == "percent" else 1.0
-        start, end, kind = start / whole * duration, end / whole * duration, "unit"
-    if not (math.isfinite(start) and math.isfinite(end)):
+    if "unit" not in kinds and not _reads_as_time(text, first, second):
         return None
-    return _Range(Span(start, end), kind, first.begin, second.stop)
+    if kinds != ("plain", "plain"):
+        return _Range(first, second, "unit", (first if second.kind == "plain" else second).unit)
+    fraction = _fraction(text, first, second, duration)
+    return _Range(first, second, "unit" if fraction else "plain", fraction or _SECOND)
 
 
-def _may_be_seconds(text: str, first: _Time, second: _Time) -> bool:
-    """Whether a range without unit reads as time: not when a noun follows (`2 to 3 people`), unless "from" precedes."""
+def _reads_as_time(text: str, first: _Time, second: _Time) -> bool:
+    """Whether the words around a range without unit let it be one of time."""
     following = _NEXT_WORD.match(text, second.stop)
-    if following is None or following.group(1).lower() in _FUNCTION_WORDS:
+    if following and following[1].lower() not in _FOLLOWERS and (following[1].islower() or "frame" in following[1].lower()):
+        return False
+    before = _ABOUT_TAIL.sub("", _before(text, first))
+    leading = _LAST_WORD.search(before)
+    if leading is None:
         return True
-    return _FROM.search(text[max(0, first.begin - _LOOK) : first.begin]) is not None
+    if _FRAMES_BEFORE.search(before):
+        return False
+    word, marks = leading.groups()
+    if not marks.strip(" \"'([<{"):
+        return word.lower() in _LEADERS
+    if ":" in marks or "=" in marks:
+        return not _OTHER_THINGS.fullmatch(word)
+    return marks != "-"
 
 
-def _is_denied(text: str, begin: int) -> bool:
-    clause = _CLAUSE_BREAK.split(text[max(0, begin - 160) : begin])[-1] or ""
-    return _DENIES.search(clause) is not None
-
-
-def _ranges_of(*kinds: str) -> Callable[[str, float | None], list[Span] | None]:
-    def grammar(text: str, duration: float | None) -> list[Span] | None:
-        spans = [found.span for found in _ranges(text, duration) if found.kind in kinds]
-        return spans or None
-
-    return grammar
+def _fraction(text: str, first: _Time, second: _Time, duration: float | None) -> _Unit | None:
+    """The unit of fractions of the video (nan seconds when they cannot be told), or None when they are not marked so."""
+    is_fraction = max(first.value, second.value) <= 1
+    if _FRACTION_AFTER.match(text, second.stop) or _FRACTION_BEFORE.search(_before(text, first)):
+        return _Unit(duration or math.nan if is_fraction else math.nan)
+    return _Unit(duration or math.nan) if is_fraction and _OF_VIDEO.match(text, second.stop) else None
 
 
 # ---------------------------------------------------------------------------------------------- labelled times
 _LABEL_TAIL = (
-    r"""(?:[\s_-]?(?:time|timestamp|point|second|sec|s|ing|ed|t))?(?:[\s_-]?(?:time|timestamp))?["'\])]?\s?"""
-    r"""(?:[:=]|is|at|of|on|from|->|\s){0,3}\s?(?:about|around|approximately|roughly|time|t\s?=|~|the|\s){0,3}[<"'(\[]?$"""
+    r"""(?:[ _-]?(?:time ?stamp|time|point|seconds?|secs?|s|in))*(?: \((?:s|secs?|seconds?)\))?["'>)\]]{0,2}"""
+    rf"""\s?(?:[:=]|->|- |is\b|was\b|of\b|from\b)?\s?(?:at|on)?\s?(?:{_ABOUT} ?){{0,2}}[<"'(\[]{{0,2}}$"""
 )
-_START_LABEL = re.compile(rf"(?<![A-Za-z])(?:starts?|begins?|beginning|onset){_LABEL_TAIL}", re.IGNORECASE)
-_END_LABEL = re.compile(rf"(?<![A-Za-z])(?:ends?|stops?|finish(?:es)?|offset){_LABEL_TAIL}", re.IGNORECASE)
+_START_LABEL = re.compile(
+    rf"(?<![a-z])(?<!frame[ _-])(?:start(?:s|ed|ing)?|begin(?:s|ning)?|began|onset){_LABEL_TAIL}", re.IGNORECASE
+)
+_END_LABEL = re.compile(
+    rf"(?<![a-z])(?<!frame[ _-])(?:end(?:s|ed|ing)?|stop(?:s|ped|ping)?|finish(?:es|ed|ing)?|conclud(?:es?|ed|ing)|offset)"
+    rf"{_LABEL_TAIL}",
+    re.IGNORECASE,
+)
+_MAX_LABEL_GAP = 240
+"""Characters from a labelled start to its end: further apart they speak of different things."""
 
 
-def _labelled(text: str, duration: float | None) -> list[Span] | None:
+def _labelled(text: str, times: list[_Time]) -> list[Span]:
     """`Start: 3.0, End: 7`, `begins at 3 s and ends at 7 s`: each start with the end that follows it."""
     spans: list[Span] = []
+    labels = ""
     start: _Time | None = None
-    for time in _times(text):
-        before = text[max(0, time.begin - _LOOK) : time.begin]
-        if time.kind in ("percent", "frame") or not math.isfinite(time.value):
-            continue
-        if _START_LABEL.search(before):
+    for time in times:
+        label = _label(text, time)
+        labels += label
+        if label == "s":
             start = None if _is_denied(text, time.begin) else time
-        elif start is not None and _END_LABEL.search(before):
-            first = start.value * (time.scale if start.kind == "plain" else 1.0)
-            last = time.value * (start.scale if time.kind == "plain" else 1.0)
-            spans.append(Span(first, last))
+        elif label == "e" and start is not None and time.begin - start.stop <= _MAX_LABEL_GAP:
+            spans.append(Span(start.beside(time), time.beside(start)))
             start = None
-    return spans or None
+    if re.fullmatch("(?:es)+", labels):  # "End: 7, Start: 3, End: 12, Start: 10": pairing on would mix two windows
+        return []
+    return [span for span in spans if all(map(math.isfinite, span))]
+
+
+def _label(text: str, time: _Time) -> str:
+    before = _before(text, time)
+    is_start = _START_LABEL.search(before) is not None
+    if not (is_start or _END_LABEL.search(before)):
+        return ""
+    following = _NEXT_WORD.match(text, time.stop)
+    if _has_decimal_comma(text, time) or (following and following[1].lower().startswith("frame")):
+        return ""
+    return "s" if is_start else "e"
 
 
 # ---------------------------------------------------------------------------------------------- JSON
-_START_KEYS = ("start_time", "start", "start_s", "begin", "from")
-_END_KEYS = ("end_time", "end", "end_s", "stop", "to")
-_WINDOW_KEYS = (
-    "time", "times", "timestamp", "timestamps", "segment", "segments", "span", "spans", "window", "windows",
-    "interval", "intervals", "time_range", "answer", "event", "events",
-)  # fmt: skip
-_MAX_OBJECTS = 64
-_DECODER = json.JSONDecoder()
+_WORD_START = re.compile(r"(?<=[a-z])(?=[A-Z])|[\s-]+")
+_IN_UNIT = r"(?:_(?:in_)?(?P<unit>[a-z]+))?"
+_BOUND_KEY = re.compile(rf"(?:t_|time_)?(?:(?P<start>start|begin|from)|end|stop|to)(?:_?time(?:stamp)?)?{_IN_UNIT}")
+_WINDOW_KEY = re.compile(rf"(?:times?|(?:time_?)?(?:stamp|span|segment|window|interval|range)s?|answers?){_IN_UNIT}")
+_MAX_DEPTH = 8
+_MAX_FAILURES = 64
+"""Opening braces that start no JSON: each may cost a look at the whole text."""
+_DECODER = json.JSONDecoder(strict=False)
 
 
-def _json(text: str, duration: float | None) -> list[Span] | None:
-    """Windows of every JSON object in the text that has one by key; `{"segments": []}` says absent."""
-    spans: list[Span] = []
-    said = False
-    position = 0
-    for _ in range(_MAX_OBJECTS):
-        position = text.find("{", position)
-        if position == -1:
-            break
+def _read_json(text: str, duration: float | None) -> tuple[list[Span] | None, str]:
+    """Windows of every JSON object in the text (`{"segments": []}` gives none: absent), and the text without them."""
+    spans: list[Span] | None = None
+    prose: list[str] = []
+    read, failures, position = 0, 0, text.find("{")
+    while position != -1 and failures < _MAX_FAILURES:
         try:
-            value, position = _DECODER.raw_decode(text, position)
+            value, stop = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):
-            position += 1
-            continue
-        windows = _windows_in(value, duration, depth=0)
-        if windows is not None:
-            said = True
-            spans += windows
-    return spans if said else None
+            failures += 1
+            stop = position + 1
+        else:
+            prose.append(text[read:position])
+            read = stop
+            windows = _windows_in(value, duration)
+            spans = spans if windows is None else (spans or []) + windows
+        position = text.find("{", stop)
+    return spans, " ".join([*prose, text[read:]])
 
 
-def _windows_in(value: Any, duration: float | None, depth: int) -> list[Span] | None:
-    if depth > 8:
+def _windows_in(value: Any, duration: float | None, unit: str = "", depth: int = 0) -> list[Span] | None:
+    """Windows in a value that stands where windows do: an object, a pair, a list of windows (empty: absent), or text."""
+    if depth > _MAX_DEPTH:
         return None
-    if isinstance(value, dict):
-        keys = {str(key).strip().lower(): item for key, item in value.items()}
-        start, end = (next((keys[k] for k in names if k in keys), None) for names in (_START_KEYS, _END_KEYS))
-        if start is not None and end is not None:
-            window = Span(_scalar(start), _scalar(end))
-            return [window] if all(map(math.isfinite, window)) else None
-        return next(
-            (found for k in _WINDOW_KEYS if k in keys and (found := _listed(keys[k], duration, depth)) is not None),
-            None,
-        )
-    return _listed(value, duration, depth)
-
-
-def _listed(value: Any, duration: float | None, depth: int) -> list[Span] | None:
-    """Windows in the value of a key: a pair, a list of windows (empty: absent), an object, or text."""
     if isinstance(value, str):
-        return parse_spans(value, duration) if "{" not in value else None
+        return parse_spans(f"{value} {unit}", duration) if "{" not in value else None
     if isinstance(value, dict):
-        return _windows_in(value, duration, depth + 1)
+        return _windows_in_object(value, duration, depth)
     if not isinstance(value, list):
         return None
-    if len(value) == 2 and all(math.isfinite(_scalar(item)) for item in value):
-        return [Span(_scalar(value[0]), _scalar(value[1]))]
-    parts = [_listed(item, duration, depth + 1) if depth < 8 else None for item in value]
-    return None if any(not part for part in parts) else [span for part in parts for span in part or ()]
+    pair = _json_span(value, (unit, unit), duration) if len(value) == 2 else None
+    if pair is not None:
+        return [pair]
+    return _merged([_windows_in(item, duration, unit, depth + 1) for item in value]) if value else []
 
 
-def _scalar(value: Any) -> float:
-    """Seconds of a JSON value (a number, `"7.9s"`, `"0:12"`); nan for anything else."""
-    if isinstance(value, bool):
-        return math.nan
-    if isinstance(value, int | float):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.nan
-    if isinstance(value, str):
-        text = _plain_text(value).strip(" <>\"'")
-        match = _TIME.fullmatch(text)
-        time = _read_time(text, match) if match else None
-        return time.value if time and time.kind in ("clock", "unit", "plain") else math.nan
-    return math.nan
+def _windows_in_object(value: dict[str, Any], duration: float | None, depth: int) -> list[Span] | None:
+    keys = {_WORD_START.sub("_", key.strip()).lower(): item for key, item in value.items()}
+    unit = next((keys[name] for name in ("unit", "units") if isinstance(keys.get(name), str)), "")
+    bounds: dict[bool, tuple[Any, str]] = {}
+    for key, item in keys.items():
+        if match := _BOUND_KEY.fullmatch(key):
+            bounds.setdefault(match["start"] is None, (item, match["unit"] or unit))
+    if len(bounds) == 2:
+        span = _json_span((bounds[False][0], bounds[True][0]), (bounds[False][1], bounds[True][1]), duration)
+        return None if span is None else [span]
+    for key, item in keys.items():
+        match = _WINDOW_KEY.fullmatch(key)
+        windows = _windows_in(item, duration, match["unit"] or unit, depth + 1) if match else None
+        if windows is not None:
+            return windows
+    nested = [item for key, item in keys.items() if "frame" not in key]
+    return _merged([_windows_in_nested(item, duration, depth + 1) for item in nested])
 
 
-_GRAMMARS: tuple[Callable[[str, float | None], list[Span] | None], ...] = (
-    _json,
-    _ranges_of("clock"),
-    _ranges_of("unit"),
-    _labelled,
-    _ranges_of("plain"),
-)
+def _windows_in_nested(value: Any, duration: float | None, depth: int) -> list[Span] | None:
+    """Windows of the objects under a key that says nothing of time: its bare numbers and texts are not read."""
+    if depth > _MAX_DEPTH:
+        return None
+    if isinstance(value, dict):
+        return _windows_in_object(value, duration, depth)
+    return _merged([_windows_in_nested(item, duration, depth + 1) for item in value]) if isinstance(value, list) else None
 
 
-# ---------------------------------------------------------------------------------------------- absence
+def _merged(parts: list[list[Span] | None]) -> list[Span] | None:
+    read = [part for part in parts if part is not None]
+    return [span for part in read for span in part] if read else None
+
+
+def _json_span(values: Any, units: tuple[str, str], duration: float | None) -> Span | None:
+    first, second = (_json_time(value, unit, duration) for value, unit in zip(values, units, strict=True))
+    if first is None or second is None:
+        return None
+    span = Span(first.beside(second), second.beside(first))
+    return span if all(map(math.isfinite, span)) else None
+
+
+def _json_time(value: Any, unit: str, duration: float | None) -> _Time | None:
+    """The time in a JSON value: a number in `unit` (seconds when empty), `"7.9s"`, `"0:12"`, `"25%"`."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    text = value.strip(" <>\"'") if isinstance(value, str) else repr(value)
+    match = _TIME.fullmatch(text) or _TIME.fullmatch(f"{text} {unit}")
+    if match is not None and unit and match["number"] and not match["unit"] and not match["attached"]:
+        match = _TIME.fullmatch(f"{text} {unit}")
+    return None if match is None else _read_time(match, duration)
+
+
+# ---------------------------------------------------------------------------------------------- denial and absence
+_NOT = r"(?:\b(?:not|never|cannot|nor)|n't)\b"
+_ADVERBS = r"(?: (?:ever|actually|really|be|been|being|seem to|appear to|get|explicitly|even|anywhere))*"
 _HAPPENS = (
-    r"(?:happen|occur|appear|exist|present|take place|takes place|taking place|shown?|found|find|seen?|visible|depict|"
-    r"feature|contain|include|observed|in (?:the|this) (?:video|clip|footage))"
+    r"(?:happen(?:s|ed|ing)?|occur(?:s|red|ring)?|appear(?:s|ed|ing)?|exists?|present|tak(?:e|es|ing) place|shown|found|seen|"
+    r"visible|depicted|featured|captured|contained|included|observed|detected|identified|there)"
+)
+_SHOWS = (
+    r"(?:show|contain|include|depict|feature|have|capture|display|find|see|locate|detect|identify|observe|spot)(?:s|ed|ing)?"
 )
 _THINGS = (
-    r"(?:event|moment|segment|clip|action|scene|activity|window|interval|match|occurrence|instance|part|portion|time|evidence|"
-    r"sign)"
+    r"(?:(?:such|matching|relevant|related|corresponding|suitable|similar|valid|described|specified|target|visual|video) )*"
+    r"(?:events?|moments?|segments?|clips?|actions?|scenes?|activit(?:y|ies)|windows?|intervals?|match(?:es)?|occurrences?|"
+    r"instances?|evidence|signs?)"
 )
-_ABSENT = re.compile(
-    rf"(?:\bnot|n't|\bnever|\bcannot)\s(?:[\w-]+\s){{0,3}}?{_HAPPENS}"
-    rf"|\bno\s(?:[\w-]+\s){{0,2}}?{_THINGS}"
-    r"|\b(?:is|are|was|were)\sabsent\b"
-    r"|^\W{0,3}(?:none|n/a|absent|never)\W{0,3}$",
+_THERE_IS_NO = r"\bthere(?: is|'s| are| was| were) no"
+_UNLESS_AFFIRMED = r"(?:(?!\b(?:happens|occurs|appears|begins|starts|takes|is|are|was|were)\b)[^.;!?])*"
+_QUOTED = re.compile(r'"[^"\n]{0,240}"')
+_CLAUSE_BREAK = re.compile(
+    r"[;!?\n]|\.(?!\d)|, (?:it|he|she|they)\b|\b(?:but|instead|rather|however|though|although|until|then|except)\b", re.IGNORECASE
+)
+_DENIES = re.compile(
+    rf"(?:{_NOT}{_ADVERBS} (?:{_HAPPENS}|{_SHOWS})\b|\bno {_THINGS}\b|{_THERE_IS_NO}\b){_UNLESS_AFFIRMED}$"
+    rf"|{_NOT}{_ADVERBS}(?: (?:from|between|at|in|during|for|within|about|around|the))*[ <\"'(\[]*$",
     re.IGNORECASE,
 )
 
+_IN_VIDEO = (
+    r"(?: (?:in|within|during|throughout|on|from) (?:any(?: part)? of )?(?:the|this|that|these|your) (?:[\w-]+ ){0,3}?"
+    r"(?:videos?|clips?|footage|recording|sequence|frames|scenes?|timeline))"
+)
+_AT_ALL = r"(?: (?:anywhere|at all|at any (?:point|time|moment)))?"
+_CLAUSE_END = r"""(?= ?(?:[.,;:!?)"\n<]|$|(?:because|since|as|so|and|or|therefore|thus|given)\b))"""
+_OBJECT = (
+    r"(?! (?:when|whether|how|where|(?:[\w-]+ ){0,2}(?:exact|precise|specific|clear|clearly|timestamps?|times?|start|end|enough|"
+    r"only|just)\b|(?:the|this|your|any) (?:video|clip)s?\b))"
+    r"(?:(?! (?:until|till|before|after|except|other than)\b)[^.,;!?\n]){0,160}"
+)
+_ABSENT = re.compile(
+    rf"{_NOT}{_ADVERBS} {_HAPPENS}{_AT_ALL}{_IN_VIDEO}?{_AT_ALL}{_CLAUSE_END}"
+    rf"|{_NOT}{_ADVERBS}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
+    rf"|(?:{_NOT}|\bunable to|\bfail(?:s|ed)? to){_ADVERBS} {_SHOWS}\b{_OBJECT}{_CLAUSE_END}"
+    rf"|\bno {_THINGS}\b(?! (?:until|till|before|after|except|other|in the (?:first|second|beginning|end))\b)"
+    rf"|{_THERE_IS_NO} [^.,;!?\n]{{1,160}}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
+    rf"|\b(?:is|are|was|were|event|action|moment) (?:completely |entirely )?absent(?: from| in)?\b",
+    re.IGNORECASE,
+)
+_ABSENT_ALONE = re.compile(
+    r"\W{0,3}(?:none|n/a|absent|never|not (?:found|present|applicable|shown|visible))\W{0,3}|(?:json\n)?\[ ?\]\.?", re.IGNORECASE
+)
+_HEDGE = re.compile(r"\b(?:if|whether|unless|unsure|might|may|maybe|perhaps|possibly)\b", re.IGNORECASE)
+_LENGTH_OF_VIDEO = re.compile(
+    r"[- ]?(?:(?:seconds?|minutes?|hours?|secs?|mins?|s)[- ])?(?:long )?(?:of )?(?:video|clip|footage|recording)\b", re.IGNORECASE
+)
+
+
+def _is_denied(text: str, begin: int) -> bool:
+    """Whether the clause before a window says that nothing happens there."""
+    before = _QUOTED.sub("", text[max(0, begin - 160) : begin])
+    return _DENIES.search(_CLAUSE_BREAK.split(before)[-1]) is not None
+
 
 def _says_absent(text: str) -> bool:
-    """Whether the text says that the event is not in the video, and names no time at all."""
-    lengths = re.compile(r"-(?:second|minute|hour|s\b)", re.IGNORECASE)
-    named = any(not lengths.match(text, time.stop) for time in _iter_times(text))
-    return not named and _ABSENT.search(text) is not None
+    """Whether the text says that the event is not in the video, and names no time."""
+    if _ABSENT_ALONE.fullmatch(text):
+        return True
+    unquoted = _QUOTED.sub("it", text)
+    if _names_time(unquoted):
+        return False
+    for match in _ABSENT.finditer(unquoted):
+        before = unquoted[max(0, match.start() - 160) : match.start()]
+        if not _HEDGE.search(_CLAUSE_BREAK.split(before)[-1]):
+            return True
+    return False
 
 
-def _iter_times(text: str) -> Iterator[_Time]:
-    return (_read_time(text, match) for match in _TIME.finditer(text))
+def _names_time(text: str) -> bool:
+    """Whether a number stands there that is neither a count (`2 cups`) nor the length of the video."""
+    for time in _times(text, None):
+        following = _NEXT_WORD.match(text, time.stop)
+        counts = time.kind == "plain" and following and following[1].islower() and following[1] not in _FOLLOWERS
+        if not (counts or _LENGTH_OF_VIDEO.match(text, time.stop)):
+            return True
+    return False

@@ -140,7 +140,8 @@ PICTURE, FILM = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>
             ],
             {"add_vision_id": True},
             f"<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nVideo 1: {FILM}Picture 1: {PICTURE}"
-            f"Picture 2: {PICTURE}Q<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nVideo 2: {FILM}<|im_end|>\n",
+            f"Picture 2: {PICTURE}Q<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+            f"<|im_start|>user\nVideo 2: {FILM}<|im_end|>\n",
         ),
     ],
     ids=["string", "system and video", "everything"],

@@ -13,6 +13,7 @@ from utils.checkpoints import (
     replace_folder,
     require_space,
     resolve_resume,
+    rotate,
     saving,
     write_manifest,
 )
@@ -46,6 +47,17 @@ def test_complete_checkpoints_in_order_of_steps(tmp_path: Path) -> None:
     checkpoint(tmp_path / "checkpoint-200", sealed=False)
     checkpoint(tmp_path / "checkpoint-best", state=False)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_rotation_keeps_the_newest_complete_ones_and_the_named_ones(tmp_path: Path) -> None:
+    for name in ("checkpoint-best", "checkpoint-2", "checkpoint-4", "checkpoint-10"):
+        checkpoint(tmp_path / name)
+    checkpoint(tmp_path / "checkpoint-12", sealed=False)
+    rotate(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 5
+    rotate(tmp_path, 2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["checkpoint-10", "checkpoint-12", "checkpoint-4", "checkpoint-best"]
 
 
 def test_resume_auto_passes_over_a_half_written_checkpoint(tmp_path: Path) -> None:
