@@ -35,7 +35,7 @@ if [ "$gpus" -gt 0 ] && [ "$num_gpus" -gt "$gpus" ]; then
 fi
 if [ "$gpus" -eq 0 ]; then
     # Without a GPU: processes talk over gloo, DeepSpeed uses its CPU accelerator, threads do not wait by spinning.
-    export DS_ACCELERATOR=cpu ACCELERATE_USE_CPU=true OMP_WAIT_POLICY=passive
+    export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=passive
 fi
 arguments=(--config "$config" --data_config "$data_config" --output_dir "$output_dir" ${rest[@]+"${rest[@]}"})
 if [ "$num_gpus" -eq 1 ]; then

@@ -117,6 +117,8 @@ class VideoSFTTrainer(Trainer):
         self.setup = setup
         args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
         self.num_kept, args.save_total_limit = args.save_total_limit, None  # `rotate` does it; see there
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every batch has a video, so every trained parameter is used
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
         self.faults = FaultCounter(len(train_dataset), setup.max_bad_fraction)
@@ -167,7 +169,8 @@ class VideoSFTTrainer(Trainer):
         self.faults.add(inputs.pop("faults"))
         inputs.pop("indices")
         self.speed.add(len(inputs["input_ids"]), int(inputs["attention_mask"].sum()))
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # A key/value cache would be built for nothing, and is refused with a warning under gradient checkpointing.
+        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One parameter group per part of the model and weight-decay setting, each at its own learning rate."""

@@ -1,16 +1,16 @@
-"""The one parser of answers and the one temporal IoU (contract 1): rewards, metrics, inference and export all use these.
+"""The one parser of answers and the one temporal IoU (contract 1), for rewards, metrics, inference and export.
 
 How an answer is read:
 
-1. The text of its last complete `<answer>...</answer>`; without one, what follows the last `</think>`; else all of it.
+1. Its last complete `<answer>...</answer>`; without one, what follows the last `</think>`; else the whole text.
 2. JSON objects, by key. An object that holds no window is set aside: its numbers are never read as prose.
-3. The first of these that finds a window gives all windows, in written order: clock times (`1:05 - 1:12.5`), ranges with
-   a unit (`3.2s - 7.9s`, `2 to 2.5 min`), labelled times (`Start: 3.0, End: 7`), plain ranges (`3 to 7`, `3 - 7`, `[3, 7]`,
-   `between 3 and 7`).
+3. The first of these that finds a window gives all windows, in written order: clock times (`1:05 - 1:12.5`), ranges
+   with a unit (`3.2s - 7.9s`, `2 to 2.5 min`), labelled times (`Start: 3.0, End: 7`), plain ranges (`3 to 7`,
+   `3 - 7`, `[3, 7]`, `between 3 and 7`).
 4. Without a window, a sentence that says the event is absent gives `[]`; anything else gives None.
 
-What is decided where an answer is doubtful: something has to join or label two times, nearness never does. A unit on one
-side of a range holds for the other, and for the ranges listed beside it. A plain range must read as a time: not
+What is decided where an answer is doubtful: something has to join or label two times, nearness never does. A unit on
+one side of a range holds for the other, and for the ranges listed beside it. A plain range must read as a time: not
 `2 to 3 people`, `steps 1 to 3`, `bbox [10, 20]`, `score: 3-7`, frame numbers, dates, sums, decimal commas. Lengths
 (`lasts 5 to 8 seconds`) and ranges that are denied (`does not happen from 3 to 7 s`) are no windows. Percentages, and
 fractions said to be "of the video", need the duration. Nothing is swapped, clipped or rounded: a reversed window stays.
@@ -154,7 +154,7 @@ def _plain_text(text: str) -> str:
 _SIGN = r"""(?:(?<![\w.)\]>%"'-])[-+])?"""
 _THOUSANDS = r"\d{1,3}(?:,\d{3}){1,5}(?:\.\d++)?(?!,?\d)"
 # [100,200] is a pair, not a hundred thousand.
-_NUMBER = rf"(?:(?<![\[(]){_THOUSANDS}|{_THOUSANDS}(?![\])])|\d++(?:\.\d++)?|\.\d++)(?:e[-+]?\d{{1,3}}+)?"
+_NUMBER = rf"(?:(?<![\[(]){_THOUSANDS}|{_THOUSANDS}(?![\])])|\d++(?:\.\d++)?|(?<!\.)\.\d++)(?:e[-+]?\d{{1,3}}+)?"
 _HOURS = r"(?:hours?|hrs?|h)(?![a-z])"
 _MINUTES = r"(?:minutes?|mins?|m)(?![a-z])"
 _SECONDS = r"(?:seconds?|secs?|s)(?![a-z])"
@@ -163,7 +163,7 @@ _BEFORE_UNIT = r"""[ ]?(?:[)\]>"']{1,2}[ ]?)?(?:\(|in[ ])?"""
 
 _TIME = re.compile(
     rf"""
-    (?<![\w.])(?<!\d[:'/\u2032\u2044])(?P<sign>{_SIGN})
+    (?<!\w)(?<!\w[.:'/\u2032\u2044])(?P<sign>{_SIGN})
     (?:
       (?P<clock>(?:(?P<ch>\d{{1,4}}):)?(?P<cm>\d{{1,4}}):(?P<cs>\d{{2}}(?:\.\d++|,\d{{3}}(?!\d))?))(?!:?\d|\.\d|/\d)
         (?:[ ]?(?:{_SECONDS}|{_MINUTES}))?(?![ ]?(?:{_HOURS}|[ap]\.?m\b))
@@ -171,7 +171,7 @@ _TIME = re.compile(
     | (?P<m>{_NUMBER})[ ]?{_MINUTES}{_THEN}(?P<ms>{_NUMBER})[ ]?{_SECONDS}
     | (?P<number>{_NUMBER})(?!\.?\d|[:'/\u2032\u2044]\d|[\u00b0$\u20ac\u00a3\u00a5^])
         (?:{_BEFORE_UNIT}(?P<unit>
-          %|percent\b|per[ ]cent\b|(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])|{_SECONDS}|minutes?\b|mins?\b|{_HOURS}
+          %|per[ ]?cent\b|(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])|{_SECONDS}|minutes?\b|mins?\b|{_HOURS}
         ) | (?P<attached>m(?![a-z])))?
     )(?!\w)
     """,
@@ -256,18 +256,16 @@ def _float(text: str | None) -> float:
 
 # ---------------------------------------------------------------------------------------------- ranges
 _ABOUT = r"(?:about|around|approximately|approx\.?|roughly|nearly|almost|exactly|the|time|seconds?|t[ ]?=|~)"
-_JOINS = re.compile(
-    r"""[>"')\]]{0,2},?(?:\s?(?:(?:up[ ]|through[ ]|on[ ])?to|until|till|through|thru)\b[ ]?[:=]?|[ ]?(?:-{1,3}>?|=>|~|\.{2,3}))\s?"""
-    rf"""(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}""",
-    re.IGNORECASE,
-)
-_AND = re.compile(rf"""[>"')\]]{{0,2}}\sand\s(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}""", re.IGNORECASE)
-_BETWEEN = re.compile(rf"""\bbetween\s(?:{_ABOUT}[ ]?){{0,2}}[<"'(\[]{{0,2}}$""", re.IGNORECASE)
+_CLOSERS, _OPENERS = r"""[>"')\]]{0,2}""", rf"""(?:{_ABOUT} ?){{0,2}}[<"'(\[]{{0,2}}"""
+_TO = r"(?:(?:up |through |on )?to|until|till|through|thru)\b ?[:=]?"
+_JOINS = re.compile(rf"{_CLOSERS},?(?:\s?{_TO}| ?(?:-{{1,3}}>?|=>|~|\.{{2,3}}))\s?{_OPENERS}", re.IGNORECASE)
+_AND = re.compile(rf"{_CLOSERS}\sand\s{_OPENERS}", re.IGNORECASE)
+_BETWEEN = re.compile(rf"\bbetween\s{_OPENERS}$", re.IGNORECASE)
 _COMMA = re.compile(r"""["']?\s?,\s?["']?""")
-_OPENING = re.compile(r"""[\[(]["']?$""")
-_CLOSING = re.compile(r"""["']?[\])]""")
+_OPENING = re.compile(r"""[\[(] ?["']?$""")
+_CLOSING = re.compile(r"""["']? ?[\])]""")
 _CONNECTS = re.compile(
-    r"""[ )\]>"'.]{0,3}(?:,|;|&|\n(?:[-\u2022]|\d{1,2}[.)])?|and|or|then|also|again|[ ])*(?:from|between|at)?[ (\[<"']{0,3}""",
+    r"""[)\]>"'.]{0,2}(?:[,;& ]|\n(?:[-\u2022]|\d{1,2}[.)])?|and|or|then|also|again)*(?:from|between|at)?[ (\[<"']{0,3}""",
     re.IGNORECASE,
 )
 
@@ -378,10 +376,10 @@ _LAST_WORD = re.compile(r"(\w+)(\W*)$")
 _ABOUT_TAIL = re.compile(rf"(?:\b{_ABOUT}[ ]?){{1,2}}$", re.IGNORECASE)
 # Words that may follow a plain range (nothing that can be counted), and words that may stand before one.
 _FOLLOWERS = frozenset(
-    "in of is are was were and or the a an as at on when where while during with then for from to by it this that which he "
-    "she they i we you someone somebody there these those his her their its so but because after before within until since "
-    "if inside into through between also again has have where who whose approximately roughly respectively inclusive mark "
-    "start starts end ends".split()
+    "in of is are was were and or the a an as at on when where while during with then for from to by it this that "
+    "which he she they i we you someone somebody there these those his her their its so but because after before within "
+    "until since if inside into through between also again has have who whose approximately roughly respectively "
+    "inclusive mark".split()
 )
 _LEADERS = frozenset(
     "from between at during in around within over is are was were be and or then to so also again not just only likely "
@@ -390,25 +388,25 @@ _LEADERS = frozenset(
     "range ranges period answer answers output response result video".split()
 )
 _OTHER_THINGS = re.compile(
-    r"(?:frames?|steps?|pages?|lines?|scores?|confidence|prob\w*|b?box(?:es)?|bbox_\w+|points?|positions?|coord\w*|counts?|ages?|"
-    r"resolution|size|ratio|speed|ids?|chapters?|questions?|weight|height|width|distance|temperature|people|persons|number)",
+    r"(?:frames?|steps?|pages?|lines?|scores?|confidence|prob\w*|b?box(?:es)?|bbox_\w+|points?|positions?|coord\w*|counts?|"
+    r"ages?|resolution|size|ratio|speed|ids?|chapters?|questions?|weight|height|width|distance|temperature|number)",
     re.IGNORECASE,
 )
 _FRAMES_BEFORE = re.compile(
     r"""frames?(?:[ _](?:from|between|range|ind(?:ex|ices)|ids?|numbers?|no))*[ :=#("'\[]*$""", re.IGNORECASE
 )
 _LENGTH_BEFORE = re.compile(
-    rf"\b(?:for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another|additional)\s(?:{_ABOUT}[ ]?){{0,2}}$", re.IGNORECASE
+    rf"\b(?:an?|for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another)\s(?:{_ABOUT} ?){{0,2}}$", re.IGNORECASE
 )
 _LENGTH_AFTER = re.compile(
-    rf"{_AFTER}-?(?:long|later|ago|apart|each|in (?:length|duration)|(?:before|from|until) the end|clips?|videos?|footage)\b",
-    re.IGNORECASE,
+    rf"{_AFTER}-?(?:long|later|ago|apart|each|in (?:length|duration)|(?:before|from|until) the end)\b", re.IGNORECASE
 )
 _FRACTION_WORD = r"(?:normali[sz]ed|relative|fractions?|proportions?)"
 _FRACTION_BEFORE = re.compile(rf"\b{_FRACTION_WORD}\b[^.;\n]{{0,24}}$", re.IGNORECASE)
 _FRACTION_AFTER = re.compile(rf"{_AFTER}\(?(?:as )?(?:an? |the )?{_FRACTION_WORD}\b", re.IGNORECASE)
 _OF_VIDEO = re.compile(
-    rf"{_AFTER}of (?:the |its )?(?:(?:whole|total|full|entire) )?(?:video|clip|duration|length|footage|way)\b", re.IGNORECASE
+    rf"{_AFTER}of (?:the |its )?(?:whole |total |full |entire )?(?:video|clip|duration|length|footage|way)\b",
+    re.IGNORECASE,
 )
 
 
@@ -431,7 +429,7 @@ def _resolve(text: str, first: _Time, second: _Time, duration: float | None) -> 
 def _reads_as_time(text: str, first: _Time, second: _Time) -> bool:
     """Whether the words around a range without unit let it be one of time."""
     following = _NEXT_WORD.match(text, second.stop)
-    if following and following[1].lower() not in _FOLLOWERS and (following[1].islower() or "frame" in following[1].lower()):
+    if following and (_is_counted(following[1]) or following[1].lower().startswith("frame")):
         return False
     before = _ABOUT_TAIL.sub("", _before(text, first))
     leading = _LAST_WORD.search(before)
@@ -447,8 +445,13 @@ def _reads_as_time(text: str, first: _Time, second: _Time) -> bool:
     return marks != "-"
 
 
+def _is_counted(word: str) -> bool:
+    """Whether the word after a number is what it counts; a capital letter begins a caption (`3 - 7 A man sits`)."""
+    return word.islower() and word not in _FOLLOWERS
+
+
 def _fraction(text: str, first: _Time, second: _Time, duration: float | None) -> _Unit | None:
-    """The unit of fractions of the video (nan seconds when they cannot be told), or None when they are not marked so."""
+    """The unit of numbers marked as fractions of the video (nan when it cannot be told), or None without a mark."""
     is_fraction = max(first.value, second.value) <= 1
     if _FRACTION_AFTER.match(text, second.stop) or _FRACTION_BEFORE.search(_before(text, first)):
         return _Unit(duration or math.nan if is_fraction else math.nan)
@@ -456,16 +459,11 @@ def _fraction(text: str, first: _Time, second: _Time, duration: float | None) ->
 
 
 # ---------------------------------------------------------------------------------------------- labelled times
-_LABEL_TAIL = (
-    r"""(?:[ _-]?(?:time ?stamp|time|point|seconds?|secs?|s|in))*(?: \((?:s|secs?|seconds?)\))?["'>)\]]{0,2}"""
-    rf"""\s?(?:[:=]|->|- |is\b|was\b|of\b|from\b)?\s?(?:at|on)?\s?(?:{_ABOUT} ?){{0,2}}[<"'(\[]{{0,2}}$"""
-)
-_START_LABEL = re.compile(
-    rf"(?<![a-z])(?<!frame[ _-])(?:start(?:s|ed|ing)?|begin(?:s|ning)?|began|onset){_LABEL_TAIL}", re.IGNORECASE
-)
-_END_LABEL = re.compile(
-    rf"(?<![a-z])(?<!frame[ _-])(?:end(?:s|ed|ing)?|stop(?:s|ped|ping)?|finish(?:es|ed|ing)?|conclud(?:es?|ed|ing)|offset)"
-    rf"{_LABEL_TAIL}",
+_LABEL = re.compile(
+    r"""(?<![a-z])(?<!frame[ _-])(?:(?P<start>start(?:s|ed|ing)?|begin(?:s|ning)?|began|onset)"""
+    r"""|end(?:s|ed|ing)?|stop(?:s|ped|ping)?|finish(?:es|ed|ing)?|conclud(?:es?|ed|ing)|offset|until|till)"""
+    r"""(?:[ _-]?(?:time ?stamp|time|point|seconds?|secs?|s|in)){0,3}(?: \((?:s|secs?|seconds?)\))?["'>)\]]{0,2}"""
+    rf"""\s?(?:[:=]|->|- |is\b|was\b|of\b|from\b)?\s?(?:at|on)?\s?{_OPENERS}(?=[-+]?\.?\d)""",
     re.IGNORECASE,
 )
 _MAX_LABEL_GAP = 240
@@ -474,31 +472,21 @@ _MAX_LABEL_GAP = 240
 
 def _labelled(text: str, times: list[_Time]) -> list[Span]:
     """`Start: 3.0, End: 7`, `begins at 3 s and ends at 7 s`: each start with the end that follows it."""
+    labels = {label.end(): "s" if label["start"] else "e" for label in _LABEL.finditer(text)}
+    labelled = [(labels[time.begin], time) for time in times if time.begin in labels and _is_labelled(text, time)]
+    if re.fullmatch("(?:es)+", "".join(label for label, _ in labelled)):
+        return []  # "End: 7, Start: 3, End: 12, Start: 10": pairing on would mix two windows
     spans: list[Span] = []
-    labels = ""
-    start: _Time | None = None
-    for time in times:
-        label = _label(text, time)
-        labels += label
-        if label == "s":
-            start = None if _is_denied(text, time.begin) else time
-        elif label == "e" and start is not None and time.begin - start.stop <= _MAX_LABEL_GAP:
-            spans.append(Span(start.beside(time), time.beside(start)))
-            start = None
-    if re.fullmatch("(?:es)+", labels):  # "End: 7, Start: 3, End: 12, Start: 10": pairing on would mix two windows
-        return []
+    for (label, first), (next_label, second) in zip(labelled, labelled[1:], strict=False):
+        is_near = second.begin - first.stop <= _MAX_LABEL_GAP
+        if label == "s" and next_label == "e" and is_near and not _is_denied(text, first.begin):
+            spans.append(Span(first.beside(second), second.beside(first)))
     return [span for span in spans if all(map(math.isfinite, span))]
 
 
-def _label(text: str, time: _Time) -> str:
-    before = _before(text, time)
-    is_start = _START_LABEL.search(before) is not None
-    if not (is_start or _END_LABEL.search(before)):
-        return ""
+def _is_labelled(text: str, time: _Time) -> bool:
     following = _NEXT_WORD.match(text, time.stop)
-    if _has_decimal_comma(text, time) or (following and following[1].lower().startswith("frame")):
-        return ""
-    return "s" if is_start else "e"
+    return not _has_decimal_comma(text, time) and not (following and following[1].lower().startswith("frame"))
 
 
 # ---------------------------------------------------------------------------------------------- JSON
@@ -533,11 +521,11 @@ def _read_json(text: str, duration: float | None) -> tuple[list[Span] | None, st
 
 
 def _windows_in(value: Any, duration: float | None, unit: str = "", depth: int = 0) -> list[Span] | None:
-    """Windows in a value that stands where windows do: an object, a pair, a list of windows (empty: absent), or text."""
+    """Windows in the value of a key for windows: an object, a pair, a list of windows (empty: absent), or text."""
     if depth > _MAX_DEPTH:
         return None
     if isinstance(value, str):
-        return parse_spans(f"{value} {unit}", duration) if "{" not in value else None
+        return parse_spans(f"{value} {unit}" if value[-1:].isdigit() else value, duration) if "{" not in value else None
     if isinstance(value, dict):
         return _windows_in_object(value, duration, depth)
     if not isinstance(value, list):
@@ -573,7 +561,9 @@ def _windows_in_nested(value: Any, duration: float | None, depth: int) -> list[S
         return None
     if isinstance(value, dict):
         return _windows_in_object(value, duration, depth)
-    return _merged([_windows_in_nested(item, duration, depth + 1) for item in value]) if isinstance(value, list) else None
+    if isinstance(value, list):
+        return _merged([_windows_in_nested(item, duration, depth + 1) for item in value])
+    return None
 
 
 def _merged(parts: list[list[Span] | None]) -> list[Span] | None:
@@ -594,8 +584,8 @@ def _json_time(value: Any, unit: str, duration: float | None) -> _Time | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = value.strip(" <>\"'") if isinstance(value, str) else repr(value)
-    match = _TIME.fullmatch(text) or _TIME.fullmatch(f"{text} {unit}")
-    if match is not None and unit and match["number"] and not match["unit"] and not match["attached"]:
+    match = _TIME.fullmatch(text)
+    if match is not None and unit and match["number"] and not (match["unit"] or match["attached"]):
         match = _TIME.fullmatch(f"{text} {unit}")
     return None if match is None else _read_time(match, duration)
 
@@ -604,25 +594,29 @@ def _json_time(value: Any, unit: str, duration: float | None) -> _Time | None:
 _NOT = r"(?:\b(?:not|never|cannot|nor)|n't)\b"
 _ADVERBS = r"(?: (?:ever|actually|really|be|been|being|seem to|appear to|get|explicitly|even|anywhere))*"
 _HAPPENS = (
-    r"(?:happen(?:s|ed|ing)?|occur(?:s|red|ring)?|appear(?:s|ed|ing)?|exists?|present|tak(?:e|es|ing) place|shown|found|seen|"
-    r"visible|depicted|featured|captured|contained|included|observed|detected|identified|there)"
+    r"(?:happen(?:s|ed|ing)?|occur(?:s|red|ring)?|appear(?:s|ed|ing)?|exists?|present|tak(?:e|es|ing) place|shown|found|"
+    r"seen|visible|depicted|featured|captured|contained|included|observed|detected|identified|there)"
 )
 _SHOWS = (
-    r"(?:show|contain|include|depict|feature|have|capture|display|find|see|locate|detect|identify|observe|spot)(?:s|ed|ing)?"
+    r"(?:show|contain|include|depict|feature|have|capture|display|find|see|locate|detect|identify|observe|spot)"
+    r"(?:s|ed|ing)?"
 )
 _THINGS = (
-    r"(?:(?:such|matching|relevant|related|corresponding|suitable|similar|valid|described|specified|target|visual|video) )*"
-    r"(?:events?|moments?|segments?|clips?|actions?|scenes?|activit(?:y|ies)|windows?|intervals?|match(?:es)?|occurrences?|"
-    r"instances?|evidence|signs?)"
+    r"(?:(?:such|matching|relevant|related|corresponding|suitable|similar|described|specified|target|visual) )*"
+    r"(?:events?|moments?|segments?|clips?|actions?|scenes?|activit(?:y|ies)|windows?|intervals?|match(?:es)?|"
+    r"occurrences?|instances?|evidence|signs?)"
 )
-_THERE_IS_NO = r"\bthere(?: is|'s| are| was| were) no"
+_THERE_IS_NO = r"\bthere(?: is|'s| are| was| were) no\b"
 _UNLESS_AFFIRMED = r"(?:(?!\b(?:happens|occurs|appears|begins|starts|takes|is|are|was|were)\b)[^.;!?])*"
 _QUOTED = re.compile(r'"[^"\n]{0,240}"')
+_NEGATIVE = re.compile(r"\b(?:no|nor|not|never|cannot)\b|n't\b", re.IGNORECASE)
 _CLAUSE_BREAK = re.compile(
-    r"[;!?\n]|\.(?!\d)|, (?:it|he|she|they)\b|\b(?:but|instead|rather|however|though|although|until|then|except)\b", re.IGNORECASE
+    r"[;!?\n]|\.(?!\d)|, (?:it|he|she|they)\b"
+    r"|\b(?:but|instead|rather|however|though|although|until|then|except)\b",
+    re.IGNORECASE,
 )
 _DENIES = re.compile(
-    rf"(?:{_NOT}{_ADVERBS} (?:{_HAPPENS}|{_SHOWS})\b|\bno {_THINGS}\b|{_THERE_IS_NO}\b){_UNLESS_AFFIRMED}$"
+    rf"(?:{_NOT}{_ADVERBS} (?:{_HAPPENS}|{_SHOWS})\b|\bno {_THINGS}\b|{_THERE_IS_NO}){_UNLESS_AFFIRMED}$"
     rf"|{_NOT}{_ADVERBS}(?: (?:from|between|at|in|during|for|within|about|around|the))*[ <\"'(\[]*$",
     re.IGNORECASE,
 )
@@ -633,32 +627,39 @@ _IN_VIDEO = (
 )
 _AT_ALL = r"(?: (?:anywhere|at all|at any (?:point|time|moment)))?"
 _CLAUSE_END = r"""(?= ?(?:[.,;:!?)"\n<]|$|(?:because|since|as|so|and|or|therefore|thus|given)\b))"""
+# What a video does not show or a reader cannot find: a thing, not its time, and without a word that limits it.
 _OBJECT = (
-    r"(?! (?:when|whether|how|where|(?:[\w-]+ ){0,2}(?:exact|precise|specific|clear|clearly|timestamps?|times?|start|end|enough|"
-    r"only|just)\b|(?:the|this|your|any) (?:video|clip)s?\b))"
+    r"(?! (?:when|whether|how|where|(?:the|this|your|any) (?:video|clip)s?\b"
+    r"|(?:[\w-]+ ){0,2}(?:exact|precise|specific|clear|clearly|timestamps?|times?|start|end|enough|only|just)\b))"
     r"(?:(?! (?:until|till|before|after|except|other than)\b)[^.,;!?\n]){0,160}"
 )
+_RELATION = r"(?: (?:is|are|was|were|that|which|where|when|of|with|match\w*|found|like|showing|could|can|exists?)\b)"
 _ABSENT = re.compile(
     rf"{_NOT}{_ADVERBS} {_HAPPENS}{_AT_ALL}{_IN_VIDEO}?{_AT_ALL}{_CLAUSE_END}"
     rf"|{_NOT}{_ADVERBS}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
     rf"|(?:{_NOT}|\bunable to|\bfail(?:s|ed)? to){_ADVERBS} {_SHOWS}\b{_OBJECT}{_CLAUSE_END}"
-    rf"|\bno {_THINGS}\b(?! (?:until|till|before|after|except|other|in the (?:first|second|beginning|end))\b)"
+    rf"|\bno {_THINGS}(?:{_RELATION}|{_IN_VIDEO}?{_CLAUSE_END})"
     rf"|{_THERE_IS_NO} [^.,;!?\n]{{1,160}}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
-    rf"|\b(?:is|are|was|were|event|action|moment) (?:completely |entirely )?absent(?: from| in)?\b",
+    rf"|\b(?:is|are|was|were|event|action|moment) (?:completely |entirely )?absent{_IN_VIDEO}?{_CLAUSE_END}",
     re.IGNORECASE,
 )
 _ABSENT_ALONE = re.compile(
-    r"\W{0,3}(?:none|n/a|absent|never|not (?:found|present|applicable|shown|visible))\W{0,3}|(?:json\n)?\[ ?\]\.?", re.IGNORECASE
+    r"\W{0,3}(?:none|n/a|absent|never|not (?:found|present|applicable|shown|visible))\W{0,3}|(?:json\n)?\[ ?\]\.?",
+    re.IGNORECASE,
 )
 _HEDGE = re.compile(r"\b(?:if|whether|unless|unsure|might|may|maybe|perhaps|possibly)\b", re.IGNORECASE)
 _LENGTH_OF_VIDEO = re.compile(
-    r"[- ]?(?:(?:seconds?|minutes?|hours?|secs?|mins?|s)[- ])?(?:long )?(?:of )?(?:video|clip|footage|recording)\b", re.IGNORECASE
+    r"[- ]?(?:(?:seconds?|minutes?|hours?|secs?|mins?|s)[- ])?(?:long )?(?:of )?(?:video|clip|footage|recording)\b",
+    re.IGNORECASE,
 )
 
 
 def _is_denied(text: str, begin: int) -> bool:
     """Whether the clause before a window says that nothing happens there."""
-    before = _QUOTED.sub("", text[max(0, begin - 160) : begin])
+    before = text[max(0, begin - 160) : begin]
+    if not _NEGATIVE.search(before):
+        return False
+    before = _QUOTED.sub("", before)
     return _DENIES.search(_CLAUSE_BREAK.split(before)[-1]) is not None
 
 
@@ -680,7 +681,7 @@ def _names_time(text: str) -> bool:
     """Whether a number stands there that is neither a count (`2 cups`) nor the length of the video."""
     for time in _times(text, None):
         following = _NEXT_WORD.match(text, time.stop)
-        counts = time.kind == "plain" and following and following[1].islower() and following[1] not in _FOLLOWERS
+        counts = time.kind == "plain" and following and _is_counted(following[1])
         if not (counts or _LENGTH_OF_VIDEO.match(text, time.stop)):
             return True
     return False

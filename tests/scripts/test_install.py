@@ -6,6 +6,8 @@ else to the real one. A real installation takes minutes and 6 GB.
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -287,6 +289,32 @@ def test_every_dependency_says_why() -> None:
     project = tomllib.loads(text)["project"]
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         assert re.search(rf'^    "{re.escape(requirement)}",  # \S', text, re.MULTILINE), requirement
+
+
+NO_IMPORT_STATEMENT = {
+    "accelerate": "used by Trainer",
+    "decord": "imported by name when it is the backend",
+    "deepspeed": "used by Trainer, with --deepspeed",
+    "qwen-vl-utils": "imported by name when it is the backend",
+    "tensorboard": "used by Trainer, for its logs",
+    "torchvision": "used by the processor",
+    "trl": "comes with train_rl.py",
+}
+
+
+def test_dependencies_are_those_the_code_imports() -> None:
+    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", item)[0] for item in project["dependencies"]}
+    rooms = ["utils", "datasets", "trainers", "rewards", "inference", "scripts", "."]
+    files = [path for room in rooms for path in (REPO_ROOT / room).glob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    packages = importlib.metadata.packages_distributions()
+    imported = {packages[module][0].lower().replace("_", "-") for module in modules if module in packages}
+    assert imported - declared == set()
+    assert declared - imported <= set(NO_IMPORT_STATEMENT)
 
 
 def test_editable_wheel_requires_what_pyproject_says(tmp_path: Path) -> None:
