@@ -303,7 +303,7 @@ main() {
     trap 'say "interrupted; run the same command again to go on"; exit 130' INT
     parse_options "$@"
     if [[ -n "${VTG_PYTHON:-}" ]]; then
-        "$VTG_PYTHON" -c '' || fail "VTG_PYTHON=$VTG_PYTHON does not run"
+        "$VTG_PYTHON" -c '' 2>/dev/null || fail "VTG_PYTHON=$VTG_PYTHON does not run"
         if $print_python; then echo "$VTG_PYTHON"; fi
         return
     fi

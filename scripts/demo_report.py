@@ -3,7 +3,8 @@
     python scripts/demo_report.py --config configs/demo/sft_config.yaml --data_config configs/demo/video_config.yaml \\
         --checkpoint outputs/demo/sft/checkpoint-best --output_dir outputs/demo/report
 
-Rows: the untrained model, the best answer that looks at no pixel, the trained model on zeroed pixels, the trained model.
+Rows: the untrained model, the best answer that looks at no pixel, the trained model on zeroed pixels, the trained
+model.
 """
 
 from __future__ import annotations

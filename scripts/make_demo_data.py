@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -70,6 +71,8 @@ class Level:
     window_s: tuple[float, float]
     max_windows: int
     """Times one shape may come and go."""
+    cells: int
+    """Shapes stand in different cells of a grid of cells x cells; 1 puts them anywhere."""
     min_distance: float
     """Between the centres of two shapes, in widths of the larger: 1 keeps squares apart, less lets them overlap."""
     max_speed_px: float
@@ -81,9 +84,9 @@ class Level:
 
 
 LEVELS: dict[str, Level] = {
-    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 6, (12, 14), (1, 4), 1, 1.0, 0, 0, 0),
-    "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 1, 0.7, 0, 6, 0),
-    "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 2, 0.5, 12, 12, 0.5),
+    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 6, (12, 14), (1, 4), 1, 2, 0.0, 0, 0, 0),
+    "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 1, 1, 0.7, 0, 6, 0),
+    "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 2, 1, 0.5, 12, 12, 0.5),
 }
 
 
@@ -148,19 +151,27 @@ def draw_scene(level: Level, seed: int, split: str, index: int) -> Scene:
     return Scene(level, num_frames, rng.randint(90, 130), tuple(shapes), tuple(asked), rng.getrandbits(32))
 
 
-def _draw_centres(rng: random.Random, level: Level, sizes: Sequence[int]) -> list[tuple[float, float]]:
-    """Centres of shapes that lie inside the picture, no two closer than the level allows. Redraws until it fits."""
+def _draw_centres(rng: random.Random, level: Level, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Centres of shapes that lie inside their cell, no two closer than the level allows. Redraws until it fits."""
+    cell_px = level.side_px // level.cells
     while True:
-        centres: list[tuple[float, float]] = []
-        for size in sizes:
-            low, high = math.ceil(size / 2), level.side_px - math.ceil(size / 2)
-            centre = (rng.randint(low, high), rng.randint(low, high))
-            near = (max(abs(a - b) for a, b in zip(centre, other, strict=True)) for other in centres)
-            if any(gap < level.min_distance * max(size, taken) for gap, taken in zip(near, sizes, strict=False)):
-                break
-            centres.append(centre)
-        else:
+        centres = []
+        for size, (column, row) in zip(sizes, _draw_cells(rng, level, len(sizes)), strict=True):
+            x, y = (rng.randint(math.ceil(size / 2), cell_px - math.ceil(size / 2)) for _ in range(2))
+            centres.append((column * cell_px + x, row * cell_px + y))
+        pairs = combinations(zip(centres, sizes, strict=True), 2)
+        if all(
+            max(abs(x - other_x), abs(y - other_y)) >= level.min_distance * max(size, other_size)
+            for ((x, y), size), ((other_x, other_y), other_size) in pairs
+        ):
             return centres
+
+
+def _draw_cells(rng: random.Random, level: Level, count: int) -> list[tuple[int, int]]:
+    """Column and row of each shape's cell."""
+    if level.cells == 1:
+        return [(0, 0)] * count
+    return [divmod(cell, level.cells) for cell in rng.sample(range(level.cells**2), count)]
 
 
 def _draw_windows(rng: random.Random, level: Level, num_frames: int) -> tuple[tuple[int, int], ...]:

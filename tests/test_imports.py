@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -233,9 +234,10 @@ def _runs_as_main(path: Path) -> bool:
 
 
 def entry_cases() -> list[ParameterSet]:
-    """Each entry, marked slow if its imports are: what handles a model takes seconds to start."""
+    """Each entry, marked slow if it imports a room that imports torch: that takes seconds, four times."""
+    heavy = re.compile(r"^(from|import) (datasets|trainers|inference)\b", re.MULTILINE)
     return [
-        pytest.param(entry, marks=pytest.mark.slow if entry.startswith(("train_", "inference/")) else ())
+        pytest.param(entry, marks=pytest.mark.slow if heavy.search((REPO_ROOT / entry).read_text()) else ())
         for entry in entry_files()
     ]
 

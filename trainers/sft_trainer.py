@@ -106,6 +106,11 @@ class VideoSFTTrainer(Trainer):
         setup: Learning rates per part, prompt contract, validation and fault limits.
     """
 
+    # Trainer sets these without saying their types.
+    data_collator: Any
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         policy: Policy,

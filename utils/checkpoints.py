@@ -72,7 +72,8 @@ def rotate(output_dir: Path, keep: int | None) -> None:
     """Remove the oldest complete `checkpoint-<step>` folders beyond `keep` (None keeps all).
 
     The best and the final checkpoint are no such folders, and the newest complete one always stays. Trainer's own
-    rotation goes by modification time over every `checkpoint-*`, `checkpoint-best` included, before the new one is sealed.
+    rotation goes by modification time over every `checkpoint-*`, `checkpoint-best` included, before the new one is
+    sealed.
     """
     if keep is not None:
         for folder in complete_checkpoints(output_dir)[: -max(keep, 1)]:

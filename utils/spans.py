@@ -158,6 +158,7 @@ _NUMBER = rf"(?:(?<![\[(]){_THOUSANDS}|{_THOUSANDS}(?![\])])|\d++(?:\.\d++)?|(?<
 _HOURS = r"(?:hours?|hrs?|h)(?![a-z])"
 _MINUTES = r"(?:minutes?|mins?|m)(?![a-z])"
 _SECONDS = r"(?:seconds?|secs?|s)(?![a-z])"
+_MILLISECONDS = r"(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])"
 _THEN = r"[ ]?(?:,|and\b)?[ ]?"
 _BEFORE_UNIT = r"""[ ]?(?:[)\]>"']{1,2}[ ]?)?(?:\(|in[ ])?"""
 
@@ -167,12 +168,13 @@ _TIME = re.compile(
     (?:
       (?P<clock>(?:(?P<ch>\d{{1,4}}):)?(?P<cm>\d{{1,4}}):(?P<cs>\d{{2}}(?:\.\d++|,\d{{3}}(?!\d))?))(?!:?\d|\.\d|/\d)
         (?:[ ]?(?:{_SECONDS}|{_MINUTES}))?(?![ ]?(?:{_HOURS}|[ap]\.?m\b))
-    | (?P<h>{_NUMBER})[ ]?{_HOURS}{_THEN}(?P<hm>{_NUMBER})[ ]?{_MINUTES}(?:{_THEN}(?P<hs>{_NUMBER})[ ]?{_SECONDS})?
-    | (?P<m>{_NUMBER})[ ]?{_MINUTES}{_THEN}(?P<ms>{_NUMBER})[ ]?{_SECONDS}
     | (?P<number>{_NUMBER})(?!\.?\d|[:'/\u2032\u2044]\d|[\u00b0$\u20ac\u00a3\u00a5^])
-        (?:{_BEFORE_UNIT}(?P<unit>
-          %|per[ ]?cent\b|(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])|{_SECONDS}|minutes?\b|mins?\b|{_HOURS}
-        ) | (?P<attached>m(?![a-z])))?
+        (?:
+          [ ]?{_HOURS}{_THEN}(?P<hm>{_NUMBER})[ ]?{_MINUTES}(?:{_THEN}(?P<hs>{_NUMBER})[ ]?{_SECONDS})?
+        | [ ]?{_MINUTES}{_THEN}(?P<ms>{_NUMBER})[ ]?{_SECONDS}
+        | {_BEFORE_UNIT}(?P<unit>%|per[ ]?cent\b|{_MILLISECONDS}|{_SECONDS}|minutes?\b|mins?\b|{_HOURS})
+        | (?P<attached>m(?![a-z]))
+        )?
     )(?!\w)
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -226,12 +228,13 @@ def _read_time(match: re.Match[str], duration: float | None) -> _Time:
     unit: _Unit | None = None
     if match["clock"]:
         kind, value = "clock", _clock(match)
-    elif match["number"]:
+    elif match["hm"]:
+        kind, value = "unit", 3600 * _float(match["number"]) + 60 * _float(match["hm"]) + _float(match["hs"])
+    elif match["ms"]:
+        kind, value = "unit", 60 * _float(match["number"]) + _float(match["ms"])
+    else:
         kind, unit = _unit((match["unit"] or match["attached"] or "").lower(), duration)
         value = unit.seconds(_float(match["number"]))
-    else:
-        minutes, seconds = _float(match["hm"] or match["m"]), _float(match["hs"] or match["ms"])
-        kind, value = "unit", 3600 * _float(match["h"]) + 60 * minutes + seconds
     return _Time(-value if match["sign"] == "-" else value, kind, unit, match.start(), match.end())
 
 
@@ -265,7 +268,8 @@ _COMMA = re.compile(r"""["']?\s?,\s?["']?""")
 _OPENING = re.compile(r"""[\[(] ?["']?$""")
 _CLOSING = re.compile(r"""["']? ?[\])]""")
 _CONNECTS = re.compile(
-    r"""[)\]>"'.]{0,2}(?:[,;& ]|\n(?:[-\u2022]|\d{1,2}[.)])?|and|or|then|also|again)*(?:from|between|at)?[ (\[<"']{0,3}""",
+    r"""[)\]>"'.]{0,2}(?:[,;& ]|\n(?:[-\u2022]|\d{1,2}[.)])?|and|or|then|also|again)*"""
+    r"""(?:from|between|at)?[ (\[<"']{0,3}""",
     re.IGNORECASE,
 )
 
@@ -377,9 +381,9 @@ _ABOUT_TAIL = re.compile(rf"(?:\b{_ABOUT}[ ]?){{1,2}}$", re.IGNORECASE)
 # Words that may follow a plain range (nothing that can be counted), and words that may stand before one.
 _FOLLOWERS = frozenset(
     "in of is are was were and or the a an as at on when where while during with then for from to by it this that "
-    "which he she they i we you someone somebody there these those his her their its so but because after before within "
-    "until since if inside into through between also again has have who whose approximately roughly respectively "
-    "inclusive mark".split()
+    "which he she they i we you someone somebody there these those his her their its so but because after before "
+    "within until since if inside into through between also again has have who whose approximately roughly mark "
+    "respectively inclusive".split()
 )
 _LEADERS = frozenset(
     "from between at during in around within over is are was were be and or then to so also again not just only likely "
@@ -396,7 +400,8 @@ _FRAMES_BEFORE = re.compile(
     r"""frames?(?:[ _](?:from|between|range|ind(?:ex|ices)|ids?|numbers?|no))*[ :=#("'\[]*$""", re.IGNORECASE
 )
 _LENGTH_BEFORE = re.compile(
-    rf"\b(?:an?|for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another)\s(?:{_ABOUT} ?){{0,2}}$", re.IGNORECASE
+    rf"\b(?:an?|for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another)\s(?:{_ABOUT} ?){{0,2}}$",
+    re.IGNORECASE,
 )
 _LENGTH_AFTER = re.compile(
     rf"{_AFTER}-?(?:long|later|ago|apart|each|in (?:length|duration)|(?:before|from|until) the end)\b", re.IGNORECASE
@@ -585,7 +590,7 @@ def _json_time(value: Any, unit: str, duration: float | None) -> _Time | None:
         return None
     text = value.strip(" <>\"'") if isinstance(value, str) else repr(value)
     match = _TIME.fullmatch(text)
-    if match is not None and unit and match["number"] and not (match["unit"] or match["attached"]):
+    if match is not None and unit and text[-1:].isdigit() and not match["clock"]:
         match = _TIME.fullmatch(f"{text} {unit}")
     return None if match is None else _read_time(match, duration)
 
@@ -594,8 +599,8 @@ def _json_time(value: Any, unit: str, duration: float | None) -> _Time | None:
 _NOT = r"(?:\b(?:not|never|cannot|nor)|n't)\b"
 _ADVERBS = r"(?: (?:ever|actually|really|be|been|being|seem to|appear to|get|explicitly|even|anywhere))*"
 _HAPPENS = (
-    r"(?:happen(?:s|ed|ing)?|occur(?:s|red|ring)?|appear(?:s|ed|ing)?|exists?|present|tak(?:e|es|ing) place|shown|found|"
-    r"seen|visible|depicted|featured|captured|contained|included|observed|detected|identified|there)"
+    r"(?:happen(?:s|ed|ing)?|occur(?:s|red|ring)?|appear(?:s|ed|ing)?|exists?|present|tak(?:e|es|ing) place|shown|"
+    r"found|seen|visible|depicted|featured|captured|contained|included|observed|detected|identified|there)"
 )
 _SHOWS = (
     r"(?:show|contain|include|depict|feature|have|capture|display|find|see|locate|detect|identify|observe|spot)"

@@ -54,7 +54,9 @@ def test_contract_round_trip(tmp_path: Path) -> None:
     assert stored["transformers"] == transformers.__version__ == loaded.transformers_version
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"prompt": {"nonsense": 1}, "video": {}, "transformers": "5", "x": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", '{"prompt": {"nonsense": 1}, "video": {}, "transformers": "5", "x": 1}']
+)
 def test_damaged_contract_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / CONTRACT_FILE).write_text(text)
     with pytest.raises(UserError, match="is not a valid prompt contract"):

@@ -6,12 +6,12 @@ import math
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import spans as spans_module
-from utils.prompts import format_answer
 from utils.config import PromptConfig
+from utils.prompts import format_answer
 from utils.spans import Span, parse_spans, temporal_iou
 
 W = [(3.2, 7.9)]
@@ -572,12 +572,248 @@ def test_fractions_of_a_known_duration(text):
     assert parse_spans(text, duration=40) == FRACTIONS[text]
 
 
-@pytest.mark.parametrize("text", [text for text in READ if "%" not in text and "ormali" not in text and "of the video" not in text])
+NEEDS_DURATION = ("%", "ormali", "percent", "of the video")
+
+
+@pytest.mark.parametrize("text", [text for text in READ if not any(word in text for word in NEEDS_DURATION)])
 def test_the_duration_changes_nothing_else(text):
     assert parse_spans(text, duration=40.0) == parse_spans(text)
 
 
-@pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf, "x", None, [40], 1j, {}])
-def test_a_duration_that_is_none_leaves_percent_unread(duration):
+@pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf, "x", None, [40], 1j, {}, 10**400])
+def test_percent_is_not_read_without_a_real_duration(duration):
     assert parse_spans("25% to 75%", duration) is None
     assert parse_spans("3.2 to 7.9", duration) == W
+
+
+def test_windows_are_spans_of_floats():
+    (window,) = parse_spans("From 3 to 7 seconds.") or []
+    assert isinstance(window, Span) and [type(bound) for bound in window] == [float, float]
+
+
+@pytest.mark.parametrize("value", [None, 3.2, b"3 to 7", ["3 to 7"], {"start": 3, "end": 7}, object()])
+def test_what_is_no_text_gives_none(value):
+    assert parse_spans(value) is None
+
+
+def test_the_doctests():
+    result = doctest.testmod(spans_module)
+    assert result.attempted >= 6 and result.failed == 0
+
+
+# ---------------------------------------------------------------------------------------------- properties of parsing
+PIECES = [
+    "3.2", "7.9", "-3", "0:12", "1:05", "00:01:12,500", "1,200", "25%", "1e999", "\u0663", "\u00b2", "12345678901234567",
+    " ", "\n", "to", " to ", "-", " - ", "\u2013", "\u2014", "~", "->", ",", ".", ":", "=", "s", " s", "ms", " min", "h",
+    "[", "]", "(", ")", "<", ">", "{", "}", '"', "'", "*", "`", "/", "and ", "between ", "from ", "start: ", "end: ",
+    " seconds", "frames ", "of the video", "not ", "does not happen ", "no event ", "in the video", "unable to find ",
+    "<answer>", "</answer>", "<think>", "</think>", '{"start": ', '"end": ', '"segments": [', '{"time": "', "null", "NaN",
+]  # fmt: skip
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers(), st.text(), st.binary(), st.decimals(),
+    st.lists(st.floats(), max_size=3), st.tuples(st.floats(), st.floats()), st.sets(st.integers(), max_size=3),
+    st.dictionaries(st.text(), st.floats(), max_size=2), st.just(object()), st.just(10**400),
+)  # fmt: skip
+TENTHS = st.integers(-10_000_000, 10_000_000).map(lambda tenths: tenths / 10)
+TENTH_WINDOWS = st.lists(st.builds(Span, TENTHS, TENTHS), min_size=1, max_size=5)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def is_answer(value):
+    """None, or a list of windows of finite floats."""
+    if value is None:
+        return True
+    return type(value) is list and all(
+        type(window) is Span and all(type(bound) is float and math.isfinite(bound) for bound in window)
+        for window in value
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(TEXTS, ANYTHING)
+def test_any_text_gives_finite_windows_or_none(text, duration):
+    assert is_answer(parse_spans(text, duration))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a":' * 30_000, None),
+        ("[" * 30_000 + "3, 7" + "]" * 30_000, [(3.0, 7.0)]),
+        ('{"time": ' + "[" * 900 + "3, 7" + "]" * 900 + "}", None),
+        ('{"start": ' + "9" * 4000 + ', "end": ' + "9" * 4000 + "}", None),
+        ('{"start": ' + "9" * 5000 + ', "end": ' + "9" * 5000 + "}", None),
+        ("9" * 400 + " to " + "9" * 500 + " s", None),
+        ("\ud800 3 to 7 \udfff", [(3.0, 7.0)]),
+        ("3 to 7\x00", [(3.0, 7.0)]),
+    ],
+    ids=range(8),
+)
+def test_extreme_texts(text, expected):
+    assert parse_spans(text) == expected
+
+
+@given(ANYTHING, ANYTHING)
+def test_any_object_gives_finite_windows_or_none(value, duration):
+    assert is_answer(parse_spans(value, duration))
+
+
+@given(TEXTS, st.text(" \n\t\r\u00a0\u3000", max_size=6), st.text(" \n\t\r\u00a0\u3000", max_size=6))
+def test_surrounding_whitespace_does_not_matter(text, before, after):
+    assert parse_spans(before + text + after) == parse_spans(text)
+
+
+@given(TENTH_WINDOWS, st.booleans())
+def test_the_default_answer_comes_back(windows, thinking):
+    answer = format_answer(PromptConfig(thinking=thinking), windows, thought="It starts at 1.0 and ends at 2.0.")
+    assert parse_spans(answer) == windows
+
+
+@given(
+    st.sampled_from(
+        ["{0:.1f} to {1:.1f}", "[{0:.1f}, {1:.1f}]", "{0:.1f}s - {1:.1f}s", "start: {0:.1f}, end: {1:.1f}"]
+    ),
+    TENTHS,
+    TENTHS,
+)
+def test_other_formats_come_back(form, start, end):
+    assert parse_spans(form.format(start, end)) == [(start, end)]
+
+
+@given(st.lists(st.builds(Span, FINITE, FINITE), max_size=4))
+def test_json_comes_back(windows):
+    records = [{"start_time": window.start, "end_time": window.end} for window in windows]
+    assert parse_spans(json.dumps({"segments": records})) == windows
+    assert parse_spans(json.dumps({"segments": windows})) == windows
+    assert parse_spans(json.dumps(records, indent=1)) == windows  # an empty list says absent
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 35_999), st.integers(0, 35_999)), min_size=1, max_size=4),
+    st.sampled_from(["-", " - ", " to "]),
+)
+def test_clock_times_come_back(windows, join):
+    def short(seconds):
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def long(seconds):
+        return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    for clock in (short, long):
+        assert parse_spans(", ".join(f"{clock(start)}{join}{clock(end)}" for start, end in windows)) == windows
+
+
+@given(st.integers(0, 999_999), st.integers(0, 999_999))
+def test_thousands_and_milliseconds_come_back(start, end):
+    assert parse_spans(f"{start:,} to {end:,} seconds") == [(start, end)]
+    assert parse_spans(f"{start} ms - {end} ms") == [(start / 1000, end / 1000)]
+
+
+REPEATED = [
+    " ", "\n", "3 to ", "3 - ", "3s - 7s and ", "[3, ", "3, ", "1:", "0:12-", "1.", ".1", "9", ",000", "1e", "1h ", "- ",
+    "1 min ", "-3", "*", "1*", '"', "'", "(", "{", "{}", '{"a":', '{"start": 3, "end": 7} ', "<answer>", "</answer>",
+    "<think>", "</think>", "<answer ", "start: 3 ", "start", "secs", "end: 7 ", "frames ", "about ", "between ", "not ",
+    "does not ", "no event ", "there is no ", "video ", "in the video ", "not show ", "a", "_", "\uff13", "\u2014",
+    "25% to ", "\U0001f600",
+]  # fmt: skip
+
+
+def test_repetitive_texts_take_linear_time():
+    clock = time.perf_counter()
+    for piece in REPEATED:
+        assert is_answer(parse_spans("1" + piece * (20_000 // len(piece)) + " 3.2", 40.0)), piece
+    for piece in ("3 to ", ",000", " ", "not ", "secs"):
+        assert is_answer(parse_spans("start 1" + piece * (200_000 // len(piece)) + "x", 40.0)), piece
+    # Some seconds where the work is linear; minutes to hours where it is quadratic.
+    assert time.perf_counter() - clock < 30
+
+
+def test_a_window_is_found_at_the_end_of_a_long_text():
+    assert parse_spans("The man sits. " * 15_000 + "From 3.2 to 7.9 seconds.") == W
+    assert parse_spans("<think>" + "at 3 s, " * 20_000 + "</think>From 3.2 to 7.9 seconds.") == W
+    assert len(parse_spans("3 to 7 s, " * 10_000) or []) == 10_000
+
+
+# ---------------------------------------------------------------------------------------------- IoU
+BOUNDS = st.floats(-1e6, 1e6)
+WINDOWS = st.tuples(BOUNDS, BOUNDS).filter(lambda window: window[0] < window[1])
+
+
+@pytest.mark.parametrize(
+    ("pred", "gt", "expected"),
+    [
+        ((0, 4), (2, 6), 1 / 3),
+        ((0, 10), (0, 5), 0.5),
+        ((2, 4), (0, 8), 0.25),
+        ((0, 1), (1, 2), 0.0),
+        ((0, 1), (5, 6), 0.0),
+        ((-4, 4), (-4, 0), 0.5),
+        ([0.0, 4.0], Span(2.0, 6.0), 1 / 3),
+        ((-1.7e308, 1.7e308), (-1.7e308, 1.7e308), 1.0),
+        ((-1.6e308, 1.6e308), (-1.6e308, 0), 0.5),
+        ((0, 5e-324), (0, 5e-324), 1.0),
+    ],
+)
+def test_iou_by_hand(pred, gt, expected):
+    assert temporal_iou(pred, gt) == expected and temporal_iou(gt, pred) == expected
+
+
+NO_WINDOWS = [
+    (4, 4), (6, 2), (0, math.inf), (-math.inf, 4), (math.nan, 4), (0, math.nan), (0, 10**400), None, 4, 4.0, True, "04",
+    ("0", "4"), ("", ""), b"\x00\x04", bytearray(b"\x00\x04"), {0, 4}, {0: 1, 4: 1}, (), (4,), (0, 4, 8), [[0, 4]],
+    [(0, 1), (2, 3)], (None, 4), (0, 4j), object(), range(3), iter(()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_WINDOWS, ids=repr)
+def test_iou_is_zero_for_what_is_no_window(value):
+    assert temporal_iou(value, (0, 4)) == 0.0
+    assert temporal_iou((0, 4), value) == 0.0
+    assert temporal_iou(value, value) == 0.0
+
+
+def test_iou_takes_arrays_and_gives_a_float():
+    np = pytest.importorskip("numpy")
+    value = temporal_iou(np.array([0, 4], dtype=np.float32), np.array([2, 6]))
+    assert type(value) is float and value == 1 / 3
+    assert temporal_iou(np.zeros((2, 2)), (0, 4)) == 0.0
+    assert temporal_iou(np.array(["0", "4"]), (0, 4)) == 0.0
+
+
+@given(ANYTHING, ANYTHING)
+def test_iou_of_anything_is_between_zero_and_one(pred, gt):
+    assert 0.0 <= temporal_iou(pred, gt) <= 1.0
+
+
+@given(st.tuples(FINITE, FINITE), st.tuples(FINITE, FINITE))
+def test_iou_is_symmetric_and_bounded(a, b):
+    assert temporal_iou(a, b) == temporal_iou(b, a)
+    assert 0.0 <= temporal_iou(a, b) <= 1.0
+    assert temporal_iou(a, a) == (1.0 if a[0] < a[1] else 0.0)
+
+
+@given(WINDOWS, st.lists(st.floats(0, 2e6), min_size=2, max_size=2).map(sorted))
+def test_iou_falls_as_a_window_slides_off(window, offsets):
+    near, far = (temporal_iou(window, (window[0] + offset, window[1] + offset)) for offset in offsets)
+    assert far <= near + 1e-9
+
+
+@given(*[st.integers(-(2**20), 2**20)] * 5)
+def test_iou_does_not_depend_on_the_origin(a, b, c, d, offset):
+    shifted = temporal_iou((a + offset, b + offset), (c + offset, d + offset))
+    assert shifted == temporal_iou((a, b), (c, d))
+
+
+@given(WINDOWS, WINDOWS, BOUNDS)
+def test_iou_moves_little_with_the_origin(a, b, offset):
+    moved = temporal_iou((a[0] + offset, a[1] + offset), (b[0] + offset, b[1] + offset))
+    shortest = min(a[1] - a[0], b[1] - b[0])
+    assert moved == pytest.approx(temporal_iou(a, b), abs=min(1.0, 1e-8 / shortest))
+
+
+@given(WINDOWS, WINDOWS)
+def test_iou_is_intersection_over_union(a, b):
+    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    union = (a[1] - a[0]) + (b[1] - b[0]) - intersection
+    assert temporal_iou(a, b) == pytest.approx(intersection / union if intersection else 0.0, rel=1e-6, abs=1e-9)
