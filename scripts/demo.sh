@@ -17,9 +17,8 @@ while [ $# -gt 0 ]; do
         *) echo "error: unknown argument $1 (see --help)" >&2; exit 2 ;;
     esac
 done
-"$root/env/install.sh"
+python=$("$root/env/install.sh" --print_python)
 cd "$root"
-python=$root/.venv/bin/python
 export OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 step() { printf '\n== %s\n' "$*"; }
 started=$SECONDS

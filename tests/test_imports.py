@@ -116,12 +116,13 @@ def checkout(tmp_path: Path) -> Path:
 
 CHECK_LIGHT = """
 import datasets, multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from datasets.light import path
 
 assert callable(datasets.load_dataset)
 assert datasets.__path__[1:] == [LOCAL] and datasets.__path__[0] != LOCAL, datasets.__path__
-with multiprocessing.get_context("spawn").Pool(1) as pool:
-    assert pool.apply(path) == datasets.__path__
+with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    assert pool.submit(path).result() == datasets.__path__
 """
 
 

@@ -156,8 +156,8 @@ _THOUSANDS = r"\d{1,3}(?:,\d{3}){1,5}(?:\.\d++)?(?!,?\d)"
 # [100,200] is a pair, not a hundred thousand.
 _NUMBER = rf"(?:(?<![\[(]){_THOUSANDS}|{_THOUSANDS}(?![\])])|\d++(?:\.\d++)?|(?<!\.)\.\d++)(?:e[-+]?\d{{1,3}}+)?"
 _HOURS = r"(?:hours?|hrs?|h)(?![a-z])"
-_MINUTES = r"(?:minutes?|mins?|m)(?![a-z])"
-_SECONDS = r"(?:seconds?|secs?|s)(?![a-z])"
+_MINUTES = r"(?:minutes?|mins?\.?|m)(?![a-z])"
+_SECONDS = r"(?:seconds?|secs?\.?|s)(?![a-z])"
 _MILLISECONDS = r"(?:milliseconds?|millisecs?|msecs?|ms)(?![a-z])"
 _THEN = r"[ ]?(?:,|and\b)?[ ]?"
 _BEFORE_UNIT = r"""[ ]?(?:[)\]>"']{1,2}[ ]?)?(?:\(|in[ ])?"""
@@ -172,7 +172,7 @@ _TIME = re.compile(
         (?:
           [ ]?{_HOURS}{_THEN}(?P<hm>{_NUMBER})[ ]?{_MINUTES}(?:{_THEN}(?P<hs>{_NUMBER})[ ]?{_SECONDS})?
         | [ ]?{_MINUTES}{_THEN}(?P<ms>{_NUMBER})[ ]?{_SECONDS}
-        | {_BEFORE_UNIT}(?P<unit>%|per[ ]?cent\b|{_MILLISECONDS}|{_SECONDS}|minutes?\b|mins?\b|{_HOURS})
+        | {_BEFORE_UNIT}(?P<unit>%|per[ ]?cent\b|{_MILLISECONDS}|{_SECONDS}|minutes?\b|mins?\b\.?|{_HOURS})
         | (?P<attached>m(?![a-z]))
         )?
     )(?!\w)
@@ -383,21 +383,23 @@ _FOLLOWERS = frozenset(
     "in of is are was were and or the a an as at on when where while during with then for from to by it this that "
     "which he she they i we you someone somebody there these those his her their its so but because after before "
     "within until since if inside into through between also again has have who whose approximately roughly mark "
-    "respectively inclusive".split()
+    "respectively inclusive shows contains".split()
 )
 _LEADERS = frozenset(
     "from between at during in around within over is are was were be and or then to so also again not just only likely "
-    "happens happen happened occurs occur occurred appears spans place visible seen shown found located boxed "
-    "time times timestamp timestamps seconds sec secs s interval intervals segment segments window windows span spans "
-    "range ranges period answer answers output response result video".split()
+    "say estimate think believe guess happens happen happened occurs occur occurred appears spans place visible seen "
+    "shown found located boxed time times timestamp timestamps seconds sec secs s interval intervals segment segments "
+    "window windows span spans range ranges period answer answers output response result video".split()
 )
 _OTHER_THINGS = re.compile(
-    r"(?:frames?|steps?|pages?|lines?|scores?|confidence|prob\w*|b?box(?:es)?|bbox_\w+|points?|positions?|coord\w*|counts?|"
-    r"ages?|resolution|size|ratio|speed|ids?|chapters?|questions?|weight|height|width|distance|temperature|number)",
+    r"\b(?:steps?|pages?|lines?|scores?|confidence|prob\w*|b?box(?:es)?|bbox_\w+|points?|positions?|coord\w*|counts?|ages?|"
+    r"resolution|size|ratio|speed|ids?|chapters?|questions?|weight|height|width|distance|temperature|number)"
+    r"""(?:["']? ?[:=]| (?:is|are|was|were)\b)[ "'(\[<{]*$""",
     re.IGNORECASE,
 )
-_FRAMES_BEFORE = re.compile(
-    r"""frames?(?:[ _](?:from|between|range|ind(?:ex|ices)|ids?|numbers?|no))*[ :=#("'\[]*$""", re.IGNORECASE
+_FRAMES = re.compile(
+    r"""frames?(?P<words>(?:["']?[ _:](?:from|between|range|ind(?:ex|ices)|ids?|numbers?|no|is|are))*)[ :=#"'(\[]*$""",
+    re.IGNORECASE,
 )
 _LENGTH_BEFORE = re.compile(
     rf"\b(?:an?|for|last(?:s|ed|ing)?|takes?|taking|took|every|first|next|another)\s(?:{_ABOUT} ?){{0,2}}$",
@@ -418,12 +420,16 @@ _OF_VIDEO = re.compile(
 def _resolve(text: str, first: _Time, second: _Time, duration: float | None) -> _Range | None:
     """The range of two joined times; None when it is none of time."""
     kinds = (first.kind, second.kind)
+    before = _before(text, first)
+    frames = _FRAMES.search(before) if first.kind == "plain" else None
+    if frames and (kinds == ("plain", "plain") or not frames["words"]):  # but "enters the frame from 3 to 7 seconds"
+        return None
     if "clock" in kinds:
         # A plain number beside a clock time has no unit: `0:12 to 20` is left unread.
         return _Range(first, second, "clock", None)
-    if _LENGTH_BEFORE.search(_before(text, first)) or _LENGTH_AFTER.match(text, second.stop):
+    if _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, second.stop):
         return None
-    if "unit" not in kinds and not _reads_as_time(text, first, second):
+    if "unit" not in kinds and not _reads_as_time(text, before, second.stop):
         return None
     if kinds != ("plain", "plain"):
         return _Range(first, second, "unit", (first if second.kind == "plain" else second).unit)
@@ -431,22 +437,20 @@ def _resolve(text: str, first: _Time, second: _Time, duration: float | None) -> 
     return _Range(first, second, "unit" if fraction else "plain", fraction or _SECOND)
 
 
-def _reads_as_time(text: str, first: _Time, second: _Time) -> bool:
+def _reads_as_time(text: str, before: str, stop: int) -> bool:
     """Whether the words around a range without unit let it be one of time."""
-    following = _NEXT_WORD.match(text, second.stop)
+    following = _NEXT_WORD.match(text, stop)
     if following and (_is_counted(following[1]) or following[1].lower().startswith("frame")):
         return False
-    before = _ABOUT_TAIL.sub("", _before(text, first))
+    before = _ABOUT_TAIL.sub("", before)
     leading = _LAST_WORD.search(before)
     if leading is None:
         return True
-    if _FRAMES_BEFORE.search(before):
+    if _OTHER_THINGS.search(before):
         return False
     word, marks = leading.groups()
     if not marks.strip(" \"'([<{"):
         return word.lower() in _LEADERS
-    if ":" in marks or "=" in marks:
-        return not _OTHER_THINGS.fullmatch(word)
     return marks != "-"
 
 
@@ -496,9 +500,13 @@ def _is_labelled(text: str, time: _Time) -> bool:
 
 # ---------------------------------------------------------------------------------------------- JSON
 _WORD_START = re.compile(r"(?<=[a-z])(?=[A-Z])|[\s-]+")
-_IN_UNIT = r"(?:_(?:in_)?(?P<unit>[a-z]+))?"
-_BOUND_KEY = re.compile(rf"(?:t_|time_)?(?:(?P<start>start|begin|from)|end|stop|to)(?:_?time(?:stamp)?)?{_IN_UNIT}")
-_WINDOW_KEY = re.compile(rf"(?:times?|(?:time_?)?(?:stamp|span|segment|window|interval|range)s?|answers?){_IN_UNIT}")
+_IN_UNIT = r"(?:_(?:in_)?(?P<unit>ms|milliseconds?|s|secs?|seconds?|mins?|minutes?|hours?|percent|frames?))?"
+_BOUND_KEY = re.compile(
+    rf"(?:t_|time_)?(?:(?P<start>start|begin|from)|end|stop|finish|to)(?:_?time(?:stamp)?)?{_IN_UNIT}"
+)
+_WINDOW_KEY = re.compile(
+    rf"(?:times?|(?:time_?)?(?:stamp|span|segment|window|interval|range|moment)s?|answers?){_IN_UNIT}"
+)
 _MAX_DEPTH = 8
 _MAX_FAILURES = 64
 """Opening braces that start no JSON: each may cost a look at the whole text."""
@@ -627,8 +635,8 @@ _DENIES = re.compile(
 )
 
 _IN_VIDEO = (
-    r"(?: (?:in|within|during|throughout|on|from) (?:any(?: part)? of )?(?:the|this|that|these|your) (?:[\w-]+ ){0,3}?"
-    r"(?:videos?|clips?|footage|recording|sequence|frames|scenes?|timeline))"
+    r"(?: (?:in|within|during|throughout|on|from) (?:any(?: part)? of )?"
+    r"(?:(?:the|this|that|these|your) (?:[\w-]+ ){0,3}?)?(?:videos?|clips?|footage|recording|sequence|frames|scenes?))"
 )
 _AT_ALL = r"(?: (?:anywhere|at all|at any (?:point|time|moment)))?"
 _CLAUSE_END = r"""(?= ?(?:[.,;:!?)"\n<]|$|(?:because|since|as|so|and|or|therefore|thus|given)\b))"""
@@ -643,7 +651,7 @@ _ABSENT = re.compile(
     rf"{_NOT}{_ADVERBS} {_HAPPENS}{_AT_ALL}{_IN_VIDEO}?{_AT_ALL}{_CLAUSE_END}"
     rf"|{_NOT}{_ADVERBS}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
     rf"|(?:{_NOT}|\bunable to|\bfail(?:s|ed)? to){_ADVERBS} {_SHOWS}\b{_OBJECT}{_CLAUSE_END}"
-    rf"|\bno {_THINGS}(?:{_RELATION}|{_IN_VIDEO}?{_CLAUSE_END})"
+    rf"|(?:\bno|{_NOT}(?: match)? any) {_THINGS}(?:{_RELATION}|{_IN_VIDEO}?{_CLAUSE_END})"
     rf"|{_THERE_IS_NO} [^.,;!?\n]{{1,160}}{_IN_VIDEO}{_AT_ALL}{_CLAUSE_END}"
     rf"|\b(?:is|are|was|were|event|action|moment) (?:completely |entirely )?absent{_IN_VIDEO}?{_CLAUSE_END}",
     re.IGNORECASE,

@@ -54,6 +54,8 @@ PLAIN = {
     "The event happens between 3.2 and 7.9.": W,
     "The event happens at [3.2, 7.9].": W,
     "The answer is 3.2 to 7.9.": W,
+    "I'd say 3.2 to 7.9.": W,
+    "The clip between 3.2 and 7.9 shows it.": W,
     "Answer: 3.2 to 7.9": W,
     "answer = [3.2, 7.9]": W,
     "timestamps: [3.2, 7.9]": W,
@@ -93,6 +95,8 @@ UNITS = {
     "3.2s to 7.9": W,
     "From 3.2 to 7.9 (seconds)": W,
     "[3.2, 7.9] seconds": W,
+    "3.2 sec. to 7.9 sec.": W,
+    "The man enters the frame from 3.2 to 7.9 seconds.": W,
     "The event happens in [3.2, 7.9]s.": W,
     "<3.2 seconds> to <7.9 seconds>": W,
     "<3.2 seconds>-<7.9 seconds>": W,
@@ -196,6 +200,8 @@ JSON = {
     '{"start": 3200, "end": 7900, "unit": "ms"}': W,
     '{"time": [3.2, 7.9]}': W,
     '{"time": "3.2 - 7.9"}': W,
+    '{"time_range": [3.2, 7.9]}': W,
+    '{"start": 3.2, "end": 7.9, "unit": "seconds"}': W,
     '{"timestamp": "From 3.2 to 7.9 seconds."}': W,
     '{"timestamps": ["0:12", "1:05"]}': CLOCK,
     '{"timestamp": "0:12 - 1:05", "event": "2 to 3 dogs"}': CLOCK,
@@ -220,6 +226,7 @@ JSON = {
     '{"confidence": [0.2, 0.7]}': None,
     '{"label": "steps from 3 to 7"}': None,
     '{"frames": [30, 70]}': None,
+    '{"frames": [30, 70], "x": ': None,
     '{"start_frame": 30, "end_frame": 70}': None,
     '{"frames": {"start": 30, "end": 70}}': None,
     '{"start": 30, "end": 70, "unit": "frames"}': None,
@@ -348,6 +355,9 @@ ABSENT = [
     "[]",
     "```json\n[]\n```",
     "No such event.",
+    "There isn't any such event.",
+    "The query does not match any moment in the video.",
+    "Event not present in video.",
     "There is no such event in the video.",
     "There is no event that matches the description.",
     "No matching segment was found.",
@@ -432,6 +442,7 @@ NOTHING = [
     "Steps: 1 - 3",
     "Score: 3-7",
     "They won 3-7.",
+    "The score was 2 to 1.",
     "ages 5-7",
     "page 3 - 7",
     "bbox [10, 20]",
@@ -452,6 +463,10 @@ NOTHING = [
     "frame 30 - frame 70",
     "from frame 30 to frame 70",
     "frames from 30 to 70",
+    "The frames are 30 to 70.",
+    "Frame range: 30 - 70",
+    "2.3 s (frame 70) to 4.0 s (frame 120)",
+    "frame 3 (0.1 s) to frame 70 (2.3 s)",
     "Frame index [30, 70]",
     "30 to 70 frames",
     "[30, 70] Frames",
@@ -603,11 +618,11 @@ def test_the_doctests():
 
 # ---------------------------------------------------------------------------------------------- properties of parsing
 PIECES = [
-    "3.2", "7.9", "-3", "0:12", "1:05", "00:01:12,500", "1,200", "25%", "1e999", "\u0663", "\u00b2", "12345678901234567",
-    " ", "\n", "to", " to ", "-", " - ", "\u2013", "\u2014", "~", "->", ",", ".", ":", "=", "s", " s", "ms", " min", "h",
+    "3.2", "7.9", "-3", "0:12", "1:05", "00:01:12,500", "1,200", "25%", "1e999", "\u0663", "\u00b2", "1234567890123456",
+    " ", "\n", "to", " to ", "-", " - ", "\u2013", "\u2014", "~", "->", ",", ".", ":", "=", "s", " s", "ms", "min", "h",
     "[", "]", "(", ")", "<", ">", "{", "}", '"', "'", "*", "`", "/", "and ", "between ", "from ", "start: ", "end: ",
     " seconds", "frames ", "of the video", "not ", "does not happen ", "no event ", "in the video", "unable to find ",
-    "<answer>", "</answer>", "<think>", "</think>", '{"start": ', '"end": ', '"segments": [', '{"time": "', "null", "NaN",
+    "<answer>", "</answer>", "<think>", "</think>", '{"start": ', '"end": ', '"segments": [', '{"time": "', "null",
 ]  # fmt: skip
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
 ANYTHING = st.one_of(
@@ -711,11 +726,11 @@ def test_thousands_and_milliseconds_come_back(start, end):
 
 
 REPEATED = [
-    " ", "\n", "3 to ", "3 - ", "3s - 7s and ", "[3, ", "3, ", "1:", "0:12-", "1.", ".1", "9", ",000", "1e", "1h ", "- ",
-    "1 min ", "-3", "*", "1*", '"', "'", "(", "{", "{}", '{"a":', '{"start": 3, "end": 7} ', "<answer>", "</answer>",
-    "<think>", "</think>", "<answer ", "start: 3 ", "start", "secs", "end: 7 ", "frames ", "about ", "between ", "not ",
-    "does not ", "no event ", "there is no ", "video ", "in the video ", "not show ", "a", "_", "\uff13", "\u2014",
-    "25% to ", "\U0001f600",
+    " ", "\n", "3 to ", "3 - ", "3s - 7s and ", "[3, ", "3, ", "1:", "0:12-", "1.", ".1", "9", ",000", "1e", "1h ",
+    "- ", "1 min ", "-3", "*", "1*", '"', "'", "(", "{", "{}", '{"a":', '{"start": 3, "end": 7} ', "<answer>",
+    "</answer>", "<think>", "</think>", "<answer ", "start: 3 ", "start", "secs", "end: 7 ", "frames ", "about ", "a",
+    "between ", "not ", "does not ", "no event ", "there is no ", "video ", "in the video ", "not show ", "_", "\uff13",
+    "\u2014", "25% to ", "\U0001f600",
 ]  # fmt: skip
 
 
