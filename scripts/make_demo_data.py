@@ -37,7 +37,7 @@ from utils.video import write_mp4  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "demo_data.json"
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised when the same seed would give other videos than before, so that an old folder is not taken for a new one."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -69,6 +69,8 @@ class Level:
     shape_px: tuple[int, int]
     """Width and height of a shape."""
     window_s: tuple[float, float]
+    grid_s: float
+    """Windows begin and end on multiples of this. A whole second at 2 fps is one temporal patch of the model."""
     max_windows: int
     """Times one shape may come and go."""
     cells: int
@@ -84,9 +86,9 @@ class Level:
 
 
 LEVELS: dict[str, Level] = {
-    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 6, (12, 14), (1, 4), 1, 2, 0.0, 0, 0, 0),
-    "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 1, 1, 0.7, 0, 6, 0),
-    "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 2, 1, 0.5, 12, 12, 0.5),
+    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 6, (12, 14), (1, 4), 1, 1, 2, 0.0, 0, 0, 0),
+    "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 0.25, 1, 1, 0.7, 0, 6, 0),
+    "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 0.125, 2, 1, 0.5, 12, 12, 0.5),
 }
 
 
@@ -176,10 +178,11 @@ def _draw_cells(rng: random.Random, level: Level, count: int) -> list[tuple[int,
 
 def _draw_windows(rng: random.Random, level: Level, num_frames: int) -> tuple[tuple[int, int], ...]:
     """One to `max_windows` windows in frames with at least half a second between them, in written order."""
-    shortest, longest = (round(seconds * level.fps) for seconds in level.window_s)
+    step = round(level.grid_s * level.fps)
+    shortest, longest = (round(seconds / level.grid_s) for seconds in level.window_s)
     while True:
-        lengths = [rng.randint(shortest, longest) for _ in range(rng.randint(1, level.max_windows))]
-        firsts = [rng.randint(0, num_frames - length) for length in lengths]
+        lengths = [step * rng.randint(shortest, longest) for _ in range(rng.randint(1, level.max_windows))]
+        firsts = [step * rng.randint(0, (num_frames - length) // step) for length in lengths]
         windows = sorted((first, first + length) for first, length in zip(firsts, lengths, strict=True))
         if all(after[0] - before[1] >= level.fps / 2 for before, after in zip(windows, windows[1:], strict=False)):
             return tuple(windows)

@@ -76,6 +76,10 @@ MAX_LEARNED_TOKENS = 1024
 """The vocabulary before the added tokens is cut here; words beyond it are spelt in pieces."""
 
 HEAD_DIM = 32
+
+INITIALIZER_RANGE = 0.05
+"""Of the weights. Qwen's 0.02 is small at this width: at step 121 the loss was 0.378 with it, 0.353 with this."""
+
 MANIFEST = "tiny_model.json"
 
 
@@ -147,6 +151,7 @@ def build_config(
         "bos_token_id": token_id("<|endoftext|>"),
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
+        "initializer_range": INITIALIZER_RANGE,
         "tie_word_embeddings": tie,
     }
     vision = {
@@ -156,6 +161,7 @@ def build_config(
         "num_heads": vision_hidden // 16,
         "out_hidden_size": hidden,
         "num_position_embeddings": 256,
+        "initializer_range": INITIALIZER_RANGE,
         "deepstack_visual_indexes": list(range(vision_layers))[:3],
     }
     return Qwen3VLConfig(
