@@ -60,7 +60,8 @@ def main() -> None:
     config = load_config(SFTConfig, [args.config, args.data_config], args.overrides)
     untrained = load_for_inference(config.model.name_or_path, need_contract=False)
     trained = load_for_inference(str(args.checkpoint))
-    dataset = VideoTemporalDataset(config.data, trained.processor, config.prompt, split="test", with_answer=False)
+    prompt = trained.contract.prompt if trained.contract else config.prompt
+    dataset = VideoTemporalDataset(config.data, trained.processor, prompt, split="test", with_answer=False)
     collator = VideoCollator(trained.processor.tokenizer.pad_token_id, dataset.blank(), side="left")
     batches = list(tqdm(DataLoader(dataset, BATCH, collate_fn=collator), desc="reading the test videos"))  # type: ignore[arg-type]
     runs = {

@@ -1,6 +1,6 @@
 """Makes a synthetic grounding set: H.264 videos of coloured shapes that come and go, with train, val and test rows.
 
-    python scripts/make_demo_data.py --output_dir data/demo --num_videos 1500 --level easy
+    python scripts/make_demo_data.py --output_dir data/demo --num_videos 3000 --level easy
 
 Every video is drawn from (seed, split, index) alone: a larger set begins with the smaller one, the same command gives
 the same bytes, and an interrupted set is completed. Windows are drawn alike for every shape, whatever its colour and
@@ -37,7 +37,7 @@ from utils.video import write_mp4  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "demo_data.json"
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 4
 """Raised when the same seed would give other videos than before, so that an old folder is not taken for a new one."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -56,6 +56,7 @@ class Level:
     """What videos of one difficulty look like. Pairs are inclusive ranges."""
 
     side_px: int
+    """Height of a frame, and width of each of its cells."""
     fps: float
     """Frame rate of the file; windows begin and end on a frame."""
     duration_s: tuple[int, int]
@@ -74,7 +75,7 @@ class Level:
     max_windows: int
     """Times one shape may come and go."""
     cells: int
-    """Shapes stand in different cells of a grid of cells x cells; 1 puts them anywhere."""
+    """Square cells side by side that make up a frame. With more than one, every shape stands in a cell of its own."""
     min_distance: float
     """Between the centres of two shapes, in widths of the larger: 1 keeps squares apart, less lets them overlap."""
     max_speed_px: float
@@ -86,7 +87,7 @@ class Level:
 
 
 LEVELS: dict[str, Level] = {
-    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 6, (12, 14), (1, 4), 1, 1, 2, 0.0, 0, 0, 0),
+    "easy": Level(32, 2, (8, 8), (1, 2), 0, FORMS[:1], 3, (20, 28), (1, 4), 1, 1, 2, 0.0, 0, 0, 0),
     "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 0.25, 1, 1, 0.7, 0, 6, 0),
     "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 0.125, 2, 1, 0.5, 12, 12, 0.5),
 }
@@ -155,25 +156,19 @@ def draw_scene(level: Level, seed: int, split: str, index: int) -> Scene:
 
 def _draw_centres(rng: random.Random, level: Level, sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Centres of shapes that lie inside their cell, no two closer than the level allows. Redraws until it fits."""
-    cell_px = level.side_px // level.cells
+    side = level.side_px
     while True:
         centres = []
-        for size, (column, row) in zip(sizes, _draw_cells(rng, level, len(sizes)), strict=True):
-            x, y = (rng.randint(math.ceil(size / 2), cell_px - math.ceil(size / 2)) for _ in range(2))
-            centres.append((column * cell_px + x, row * cell_px + y))
+        cells = rng.sample(range(level.cells), len(sizes)) if level.cells > 1 else [0] * len(sizes)
+        for size, cell in zip(sizes, cells, strict=True):
+            x, y = (rng.randint(math.ceil(size / 2), side - math.ceil(size / 2)) for _ in range(2))
+            centres.append((cell * side + x, y))
         pairs = combinations(zip(centres, sizes, strict=True), 2)
         if all(
             max(abs(x - other_x), abs(y - other_y)) >= level.min_distance * max(size, other_size)
             for ((x, y), size), ((other_x, other_y), other_size) in pairs
         ):
             return centres
-
-
-def _draw_cells(rng: random.Random, level: Level, count: int) -> list[tuple[int, int]]:
-    """Column and row of each shape's cell."""
-    if level.cells == 1:
-        return [(0, 0)] * count
-    return [divmod(cell, level.cells) for cell in rng.sample(range(level.cells**2), count)]
 
 
 def _draw_windows(rng: random.Random, level: Level, num_frames: int) -> tuple[tuple[int, int], ...]:
@@ -189,28 +184,29 @@ def _draw_windows(rng: random.Random, level: Level, num_frames: int) -> tuple[tu
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The frames of a scene: uint8 RGB, shape (T, side, side, 3)."""
-    side = scene.level.side_px
-    frames = np.full((scene.num_frames, side, side, 3), scene.background, np.uint8)
+    """The frames of a scene: uint8 RGB, shape (T, height, width, 3)."""
+    size = height, width = scene.level.side_px, scene.level.side_px * scene.level.cells
+    frames = np.full((scene.num_frames, height, width, 3), scene.background, np.uint8)
     for shape in scene.shapes:
         colour = np.array(COLOURS[shape.colour], np.uint8)
-        mask = None if any(shape.velocity_px) else _mask(shape, 0, side)
+        mask = None if any(shape.velocity_px) else _mask(shape, 0, size)
         for first, stop in shape.windows:
             for frame in range(first, stop):
-                frames[frame][_mask(shape, frame / scene.level.fps, side) if mask is None else mask] = colour
+                frames[frame][_mask(shape, frame / scene.level.fps, size) if mask is None else mask] = colour
     if scene.level.noise:
-        grain = np.random.default_rng(scene.noise_seed).normal(0, scene.level.noise, (8, side, side, 3))
+        grain = np.random.default_rng(scene.noise_seed).normal(0, scene.level.noise, (8, height, width, 3))
         for phase, pattern in enumerate(grain.round().astype(np.int16)):  # 8 patterns in turn: noise for each is slow
             frames[phase::8] = np.clip(frames[phase::8] + pattern, 0, 255)
     return frames
 
 
-def _mask(shape: Shape, time_s: float, side: int) -> np.ndarray:
-    """Which pixels the shape covers at `time_s`: bool, shape (side, side). It bounces off the picture's edges."""
+def _mask(shape: Shape, time_s: float, size: tuple[int, int]) -> np.ndarray:
+    """Which pixels the shape covers at `time_s`: bool, shape (height, width). It bounces off the picture's edges."""
+    height, width = size
     half = shape.size_px / 2
-    x, y = (_bounce(c + v * time_s, half, side - half) for c, v in zip(shape.centre_px, shape.velocity_px, strict=True))
-    across = np.arange(side) + 0.5 - x
-    down = (np.arange(side) + 0.5 - y)[:, None]
+    (x, y), (speed_x, speed_y) = shape.centre_px, shape.velocity_px
+    across = np.arange(width) + 0.5 - _bounce(x + speed_x * time_s, half, width - half)
+    down = (np.arange(height) + 0.5 - _bounce(y + speed_y * time_s, half, height - half))[:, None]
     if shape.form == "square":
         return (-half <= across) & (across < half) & (-half <= down) & (down < half)
     if shape.form == "circle":
@@ -302,7 +298,7 @@ class DemoData:
 def make_demo_data(
     output_dir: str | os.PathLike[str],
     *,
-    num_train: int = 1500,
+    num_train: int = 3000,
     num_val: int = 32,
     num_test: int = 128,
     level: str = "easy",
@@ -396,7 +392,7 @@ def _write_video(task: tuple[Path, str, int, str, int]) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_videos", type=int, default=1500, help="training videos (default %(default)s)")
+    parser.add_argument("--num_videos", type=int, default=3000, help="training videos (default %(default)s)")
     parser.add_argument("--num_val", type=int, default=32, help="validation videos (default %(default)s)")
     parser.add_argument("--num_test", type=int, default=128, help="test videos (default %(default)s)")
     parser.add_argument("--level", choices=LEVELS, default="easy", help="difficulty (default %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -101,14 +102,17 @@ def test_a_whole_run_and_its_resume(arguments: list[str], run: Run, tmp_path: Pa
     ]
 
 
-def test_dry_run_shows_the_plan_and_trains_nothing(arguments: list[str], run: Run, tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_and_trains_nothing(
+    arguments: list[str], run: Run, demo_data: Path, tmp_path: Path
+) -> None:
     result = run(arguments, "--dry_run", "lora.enabled=true", "training.vision_tower_lr=0")
     assert result.status == 0
-    assert "rows:        48 train, 4 validation" in result.out
-    assert "steps:       4 (12 an epoch)" in result.out
+    num_rows = len((demo_data / "train.jsonl").read_text().splitlines())
+    assert f"rows:        {num_rows} train, 4 validation" in result.out
+    assert f"steps:       4 ({math.ceil(num_rows / 4)} an epoch)" in result.out
     assert "mm_projector" in result.out and "frozen" in result.out
     assert result.out.count("--- learns: From ") == 4
-    assert "<0.2 seconds><|vision_start|><|video_pad|>*1<|vision_end|><1.2 seconds>" in result.out
+    assert "<0.2 seconds><|vision_start|><|video_pad|>*2<|vision_end|><1.2 seconds>" in result.out
     assert not (tmp_path / "run").exists()
 
 

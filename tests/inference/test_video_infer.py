@@ -22,7 +22,7 @@ from utils.prompts import PromptContract
 DATA = DataConfig(
     fps=1.0, min_frames=2, max_frames=8, min_pixels_per_frame=1024, max_pixels_per_frame=1024, total_pixels=16384
 )
-PROMPT = PromptConfig(question="When does it happen that {sentence}?")
+PROMPT = PromptConfig(question="{sentence}: when?")
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_tool_without_a_gpu_is_quiet(machine: Machine) -> None:
 
 
 def test_conda(machine: Machine) -> None:
-    write_program(machine.bin / "conda", "#!/bin/sh\n[ \"$1\" = info ] && echo /opt/forge || exit 1\n")
+    write_program(machine.bin / "conda", '#!/bin/sh\n[ "$1" = info ] && echo /opt/forge || exit 1\n')
     result = machine.install("--conda", "--print_plan", "--print_python")
     lines = (result.stderr + result.stdout).splitlines()
     assert "conda create --yes --quiet --name vtg_env python=3.11 pip " in lines
@@ -177,7 +177,7 @@ def test_python_too_old(machine: Machine) -> None:
 
 def test_python_without_venv(machine: Machine) -> None:
     for name in ("3.11", "3.12", "3.13", "3.14", "3", ""):
-        write_program(machine.bin / f"python{name}", "#!/bin/sh\ncase \"$2\" in *ensurepip*) exit 1 ;; esac\n")
+        write_program(machine.bin / f"python{name}", '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\n')
     result = machine.install()
     assert result.returncode == 2 and "cannot make virtual environments; install its venv package" in result.stderr
 
