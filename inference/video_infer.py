@@ -30,7 +30,7 @@ from datasets.encoding import fit_prompt  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
 from trainers.model import load_for_inference  # noqa: E402
-from utils.config import DataConfig, PromptConfig, StrictModel, load_config  # noqa: E402
+from utils.config import DataFile, load_config  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.prompts import PromptContract, build_messages  # noqa: E402
 from utils.spans import Span, parse_spans  # noqa: E402
@@ -40,13 +40,6 @@ __all__ = ["VideoTemporalInference", "visualize_temporal_grounding"]
 
 DEFAULT_NEW_TOKENS = 64
 THINKING_NEW_TOKENS = 1024
-
-
-class DataFile(StrictModel):
-    """What `--data_config` holds: sampling and prompt."""
-
-    data: DataConfig = DataConfig()
-    prompt: PromptConfig = PromptConfig()
 
 
 class VideoTemporalInference:

@@ -299,8 +299,8 @@ def make_demo_data(
     output_dir: str | os.PathLike[str],
     *,
     num_train: int = 3000,
-    num_val: int = 32,
-    num_test: int = 128,
+    num_val: int = 48,
+    num_test: int = 160,
     level: str = "easy",
     seed: int = 0,
     workers: int = 2,
@@ -393,8 +393,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_videos", type=int, default=3000, help="training videos (default %(default)s)")
-    parser.add_argument("--num_val", type=int, default=32, help="validation videos (default %(default)s)")
-    parser.add_argument("--num_test", type=int, default=128, help="test videos (default %(default)s)")
+    parser.add_argument("--num_val", type=int, default=48, help="validation videos (default %(default)s)")
+    parser.add_argument("--num_test", type=int, default=160, help="test videos (default %(default)s)")
     parser.add_argument("--level", choices=LEVELS, default="easy", help="difficulty (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that write videos (default %(default)s)")

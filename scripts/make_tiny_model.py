@@ -23,8 +23,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python had put scripts/ there; see utils/attach.py
 
 from scripts.make_demo_data import all_sentences  # noqa: E402
-from utils.common import UserError, run_command, write_json  # noqa: E402
-from utils.config import DataConfig, PromptConfig, StrictModel, load_config  # noqa: E402
+from utils.common import UserError, run_command, settle_accelerator, write_json  # noqa: E402
+from utils.config import DataFile, PromptConfig, load_config  # noqa: E402
 from utils.prompts import build_messages, format_answer  # noqa: E402
 from utils.rows import read_rows  # noqa: E402
 from utils.spans import Span  # noqa: E402
@@ -242,13 +242,6 @@ def _check_sizes(hidden: int, layers: int, vision_hidden: int, vision_layers: in
         )
 
 
-class PromptFile(StrictModel):
-    """The sections of a `--data_config` file; only the prompt is used."""
-
-    data: DataConfig = DataConfig()
-    prompt: PromptConfig = PromptConfig()
-
-
 def prompt_texts(sentences: Iterable[str], prompt: PromptConfig) -> list[str]:
     """What a tokenizer should know to ask about `sentences` and to answer: every turn, its role, markers, numbers."""
     answers = [[Span(0.5, 1.5)], [Span(2, 3), Span(4, 5)], []]
@@ -276,8 +269,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    settle_accelerator()
     sentences = [row.sentence for path in args.annotations or () for row in read_rows(path)[0]]
-    prompt = load_config(PromptFile, [args.data_config] if args.data_config else []).prompt
+    prompt = load_config(DataFile, [args.data_config] if args.data_config else []).prompt
     texts = prompt_texts(sorted(set(sentences)) or all_sentences(), prompt)
     sizes = {name: getattr(args, name) for name in ("hidden", "layers", "vision_hidden", "vision_layers", "seed")}
     recipe = {**sizes, "tie": not args.untied, "texts": hashlib.sha256("\n".join(texts).encode()).hexdigest()}

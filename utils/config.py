@@ -30,6 +30,7 @@ __all__ = [
     "Broken",
     "ConfigError",
     "DataConfig",
+    "DataFile",
     "LoraConfig",
     "ModelConfig",
     "PromptConfig",
@@ -239,6 +240,13 @@ class PromptConfig(StrictModel):
         if parse_spans(value) != []:
             raise ValueError("must be read back as an absent event, as in 'The event does not happen in the video.'")
         return value
+
+
+class DataFile(StrictModel):
+    """What a `--data_config` file holds: rows and sampling, and the prompt."""
+
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
 
 
 class SFTConfig(StrictModel):
