@@ -343,8 +343,12 @@ class VideoFile:
         with plain_errors(self.path):
             if packets is None:
                 packets = self._packets_from(self.tick(stretch.start_s))
-            used = (packet for packet, is_needed in zip(packets, needed, strict=False) if is_needed)
-            yield from self._decode_packets(used)
+            # Run by run, with the decoder emptied between: H.264 tells neighbouring key frames apart by a number that
+            # may be the same on both sides of skipped packets, and the second would be taken for a part of the first.
+            pairs = zip(packets, needed.tolist(), strict=False)
+            for is_needed, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+                if is_needed:
+                    yield from self._decode_packets(packet for packet, _ in run)
 
     def _decode_packets(self, packets: Iterable[Packet]) -> Iterator[Any]:
         """Pictures as shown; a packet that gives none (damaged, or refers to lost ones) is skipped."""

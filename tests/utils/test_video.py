@@ -723,3 +723,18 @@ def test_writing_refuses(tmp_path, frames, times, message):
     with pytest.raises(UserError, match=message):
         write_mp4(tmp_path / "x.mp4", frames, **times)
     assert not (tmp_path / "x.mp4").exists()
+
+
+def test_key_frames_around_skipped_ones_are_not_taken_for_one(tmp_path: Path) -> None:
+    """H.264's picture numbers may repeat across skipped groups; the decoder must not join what it then sees."""
+    frames = np.zeros((105, 48, 64, 3), np.uint8)
+    for i in range(105):  # x264 makes most of these a key frame
+        frames[i, :, (i * 3) % 56 : (i * 3) % 56 + 8] = (255, 200, 40)
+    times = np.concatenate([np.arange(0, 4, 0.1), np.arange(4, 16, 0.8), np.arange(16, 18, 0.04)])
+    write_mp4(tmp_path / "keys.mp4", frames, times_s=times)
+    for fps in (0.9, 1.3, 1.7, 2.9):
+        clip = read_clip(tmp_path / "keys.mp4", FrameBudget(fps, 1, 64, 1024, 4096, 10**7), backend="pyav")
+        chosen = np.abs(times[:, None] - clip.times_s).argmin(axis=0)
+        lit = clip.frames[:, 24].max(axis=2) > 100  # (T, W)
+        centres = (lit * np.arange(lit.shape[1])).sum(axis=1) / lit.sum(axis=1) * 64 / lit.shape[1]
+        assert np.abs(centres - (chosen * 3) % 56 - 4).max() < 1.5
