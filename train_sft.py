@@ -17,7 +17,7 @@ from utils.common import run_command, settle_accelerator
 attach()
 settle_accelerator()
 
-from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
+from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
@@ -55,6 +55,7 @@ def main() -> int:
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     setup_logging()
+    require_annotations(config.data)  # at once, before a hub is asked for anything
     processor = load_processor(resolve_source(config.model.name_or_path))
     train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
     val_set = None
@@ -68,7 +69,7 @@ def main() -> int:
     contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
     if run is None:
         print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
-        print(describe_batch(train_set, training_args.per_device_train_batch_size))  # noqa: T201
+        print(describe_batch(train_set, min(2, training_args.per_device_train_batch_size)))  # noqa: T201
         return 0
     setup = SFTSetup.from_config(config, rates, contract, run)
     trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)

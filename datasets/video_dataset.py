@@ -6,6 +6,7 @@ rows are `utils.rows`, tokens are `datasets.encoding`, batches are `datasets.col
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ _MARKER_TOKENS = 9
 """Tokens of one `<12.5 seconds>` marker with its vision_start and vision_end; an estimate for length grouping only."""
 _TEXT_TOKENS = 64
 """Tokens of the chat frame, question and answer; an estimate for length grouping only."""
+
+
+def require_annotations(data: DataConfig) -> None:
+    """Raise UserError when an annotation file that training reads does not exist; quick, opens nothing."""
+    for split, sources in (("train", data.train), ("val", data.val)):
+        for source in sources:
+            if not source.path.is_file():
+                raise UserError(f"data.{split} names {source.path}, which does not exist (relative to {Path.cwd()})")
 
 
 class VideoTemporalDataset(Dataset[Sample]):

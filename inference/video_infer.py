@@ -31,10 +31,11 @@ from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
 from trainers.model import load_for_inference  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
+from utils.curves import figure_format  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.prompts import PromptContract, build_messages  # noqa: E402
 from utils.spans import Span, parse_spans  # noqa: E402
-from utils.video import VideoClip, clip_from_frames, read_clip, resize_clip  # noqa: E402
+from utils.video import VideoClip, clip_from_frames, probe_video, read_clip, resize_clip  # noqa: E402
 
 __all__ = ["VideoTemporalInference", "visualize_temporal_grounding"]
 
@@ -51,7 +52,7 @@ class VideoTemporalInference:
         dtype: "bfloat16", "float16" or "float32"; by default bfloat16 on CUDA and float32 on the CPU.
         data_config: YAML with `data` and `prompt` that replaces what the checkpoint recorded. Needed only for a
             checkpoint without a record; a base model without one is asked with the shipped defaults.
-        attn_implementation: As `model.attn_implementation`; falls back to sdpa where FlashAttention cannot be had.
+        attn_implementation: As `model.attn_implementation`; by default FlashAttention 2 where it can be had, else sdpa.
 
     Raises:
         UserError: the model cannot be loaded, is not Qwen3-VL, or lacks its processor or prompt contract.
@@ -64,7 +65,7 @@ class VideoTemporalInference:
         device: str | None = None,
         dtype: str | None = None,
         data_config: str | Path | None = None,
-        attn_implementation: str = "flash_attention_2",
+        attn_implementation: str | None = None,
     ) -> None:
         given = _given_contract(data_config)
         policy = load_for_inference(
@@ -104,7 +105,7 @@ class VideoTemporalInference:
 
         Raises UserError for an empty query or an unreadable video.
         """
-        if not query.strip():
+        if not query or not query.strip():
             raise UserError("query is empty: say in a sentence what to look for")
         clip = self._clip(video_path, frames, times_s, fps, video_start, video_end)
         text, clip = self._answer(clip, query, str(video_path or "frames"), max_new_tokens, sampling)
@@ -209,6 +210,7 @@ def main() -> None:
     """Predict, print, draw."""
     args = parse_args()
     setup_logging()
+    _check_early(args)
     engine = VideoTemporalInference(args.model_path, device=args.device, dtype=args.dtype, data_config=args.data_config)
     found = engine.predict(
         args.video,
@@ -230,6 +232,15 @@ def main() -> None:
             query=args.query,
         )
         get_logger().info("timeline: %s", args.output)
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    """What can be wrong without the model, before its weights take minutes to load."""
+    if not args.query.strip():
+        raise UserError("--query is empty: say in a sentence what to look for")
+    probe_video(args.video)
+    if args.output:
+        figure_format(args.output)
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -9,8 +9,12 @@
 # Everything else goes to train_sft.py; --config, --data_config and --output_dir have the defaults below.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v python3)
+python=${VTG_PYTHON:-$root/.venv/bin/python}
+if [ ! -x "$python" ]; then
+    # An environment made another way (conda, the manual path) is the one that is active.
+    python=$(command -v python3) && "$python" -c "import torch" 2>/dev/null ||
+        { echo "error: no environment with torch: run env/install.sh, activate yours, or set VTG_PYTHON" >&2; exit 2; }
+fi
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; "$python" "$root/train_sft.py" --help; }
 

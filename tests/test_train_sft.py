@@ -111,7 +111,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(
     assert f"rows:        {num_rows} train, 4 validation" in result.out
     assert f"steps:       4 ({math.ceil(num_rows / 4)} an epoch)" in result.out
     assert "mm_projector" in result.out and "frozen" in result.out
-    assert result.out.count("--- learns: From ") == 4
+    assert result.out.count("--- learns: From ") == 2
     assert "<0.2 seconds><|vision_start|><|video_pad|>*2<|vision_end|><1.2 seconds>" in result.out
     assert not (tmp_path / "run").exists()
 

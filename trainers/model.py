@@ -353,7 +353,7 @@ def load_for_inference(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    attn_implementation: str = "flash_attention_2",
+    attn_implementation: str | None = None,
     need_contract: bool = True,
 ) -> Policy:
     """A frozen policy for answering, from a base model, an adapter, or full weights.
@@ -365,7 +365,8 @@ def load_for_inference(
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     source = resolve_source(model_path, need_contract=need_contract)
     tower = source.contract.vision_tower if source.contract else None
-    config = ModelConfig(name_or_path=source.base, attn_implementation=attn_implementation)  # type: ignore[arg-type]
+    attention = attn_implementation or ("flash_attention_2" if place.type == "cuda" else "sdpa")
+    config = ModelConfig(name_or_path=source.base, attn_implementation=attention)  # type: ignore[arg-type]
     base = load_base(
         source.base,
         config,

@@ -160,14 +160,29 @@ def test_command_line_prints_json_and_draws(
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--model_path": "./none"}, "error: model path './none' does not exist"),
+        ({"--query": " "}, "error: --query is empty"),
+        ({"--video": "gone.mp4"}, "error: cannot read the video gone.mp4"),
+        ({"--output": "picture.txt"}, "error: a picture is written as .png, .svg or .pdf"),
+    ],
+)
 def test_command_line_error_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    flags: dict[str, str],
+    message: str,
+    video: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["video_infer.py", "--model_path", "./none", "--video", "v.mp4", "--query", "q"])
+    """The model path is a wrong one in every case: other mistakes are found before anything is loaded."""
+    given = {"--model_path": "./none", "--video": str(video), "--query": "q", **flags}
+    monkeypatch.setattr(sys, "argv", ["video_infer.py", *(part for pair in given.items() for part in pair)])
     monkeypatch.setattr(sys, "path", [str(REPO_ROOT / "inference"), *sys.path])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPO_ROOT / "inference/video_infer.py"), run_name="__main__")
     err = capfd.readouterr().err.strip()
     assert ended.value.code == 2
-    assert err.splitlines()[-1].startswith("error: model path './none' does not exist")
+    assert err.splitlines()[-1].startswith(message)
     assert "Traceback" not in err
