@@ -31,6 +31,7 @@ from tqdm import tqdm  # noqa: E402
 from datasets.collate_fns import Batch, VideoCollator  # noqa: E402
 from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
+from scripts.make_demo_data import best_constant_iou  # noqa: E402
 from trainers.generation import answer_rows  # noqa: E402
 from trainers.model import Policy, load_for_inference  # noqa: E402
 from utils.config import SFTConfig, load_config  # noqa: E402
@@ -72,7 +73,7 @@ def main() -> None:
     samples = {
         name: [dataset.scored_sample(i, text) for i, text in sorted(texts.items())] for name, texts in runs.items()
     }
-    constant, window = best_constant(samples["after SFT"])
+    constant, window = best_constant(dataset, samples["after SFT"])
     samples = {"untrained": samples["untrained"], f"best constant answer ({window})": constant} | samples
     table = {name: evaluate(rows) for name, rows in samples.items()}
     low, high = evaluate_intervals(samples["after SFT"])["mIoU"]
@@ -102,18 +103,14 @@ def answer(
     return answers.texts
 
 
-def best_constant(samples: Sequence[Mapping[str, Any]], steps: int = 32) -> tuple[list[dict[str, Any]], str]:
-    """The window, as shares of the duration on a grid, that scores best when it is the answer to every query.
+def best_constant(dataset: VideoTemporalDataset, samples: Sequence[Mapping[str, Any]]) -> tuple[list[Any], str]:
+    """The constant answer that scores best, searched on the very rows it is scored on, which favours it.
 
-    Searched on the very samples it is scored on, which favours it. Returns the scored samples and the window in words.
+    Returns the samples with it as their prediction, and the window in words (shares of the duration).
     """
-
-    def answered(a: int, b: int) -> list[dict[str, Any]]:
-        return [{**s, "pred": [[a / steps * s["duration"], b / steps * s["duration"]]]} for s in samples]
-
-    grid = [(a, b) for a in range(steps) for b in range(a + 1, steps + 1)]
-    best = max(grid, key=lambda pair: evaluate(answered(*pair))["mIoU"])
-    return answered(*best), f"{100 * best[0] / steps:.0f}-{100 * best[1] / steps:.0f} %"
+    start, end = best_constant_iou(dataset.rows, steps=32).best_window
+    scored = [{**s, "pred": [[start * s["duration"], end * s["duration"]]]} for s in samples]
+    return scored, f"{100 * start:.0f}-{100 * end:.0f} %"
 
 
 def render(table: Mapping[str, Mapping[str, float]], num_queries: int) -> str:
