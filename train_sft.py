@@ -21,7 +21,8 @@ from datasets.video_dataset import VideoTemporalDataset, require_annotations  # 
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
-from trainers.sft_trainer import SFTSetup, VideoSFTTrainer  # noqa: E402
+from trainers.run_keeper import TrainingSetup  # noqa: E402
+from trainers.sft_trainer import VideoSFTTrainer  # noqa: E402
 from utils.config import SFTConfig, load_config  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
 from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402
@@ -71,7 +72,7 @@ def main() -> int:
         print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
         print(describe_batch(train_set, min(2, training_args.per_device_train_batch_size)))  # noqa: T201
         return 0
-    setup = SFTSetup.from_config(config, rates, contract, run)
+    setup = TrainingSetup.from_config(config, rates, contract, run)
     trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)
     contract.save(run.output_dir)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)

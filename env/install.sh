@@ -304,6 +304,7 @@ main() {
     parse_options "$@"
     if [[ -n "${VTG_PYTHON:-}" ]]; then
         "$VTG_PYTHON" -c '' 2>/dev/null || fail "VTG_PYTHON=$VTG_PYTHON does not run"
+        if $print_plan; then say "VTG_PYTHON=$VTG_PYTHON is used as it is; nothing will be installed"; fi
         if $print_python; then echo "$VTG_PYTHON"; fi
         return
     fi

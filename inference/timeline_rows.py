@@ -15,6 +15,9 @@ from typing import Any, Literal
 from utils.common import UserError
 from utils.spans import Span, temporal_iou
 
+EMPTY_WINDOW = "an empty window: start = end"
+"""What is said of a window without length, here and on the command line."""
+
 _MAX_PREDICTIONS = 100
 
 
@@ -26,7 +29,7 @@ class Lane:
     label: str
     windows: tuple[Span, ...]
     note: str = ""
-    """Said in words where no window can be drawn."""
+    """Said in words where no window can be drawn, or where the only one has no length."""
     ious: tuple[float, ...] = ()
     """Per window, with the labelled window it fits best; one value for a row without windows; empty = not scored."""
     verdict: str = ""
@@ -128,8 +131,18 @@ def _prediction_lane(label: str, windows: list[Span] | None, note: str, truths: 
     if not windows:
         return Lane("prediction", label, (), note, ious=(0.0,) if truths else ())
     ious = tuple(max(temporal_iou(window, truth) for truth in truths) for window in windows) if truths else ()
-    drawable = any(is_finite(window) for window in windows)
-    return Lane("prediction", label, tuple(windows), "" if drawable else "not a window in time", ious=ious)
+    return Lane("prediction", label, tuple(windows), _note(windows), ious=ious)
+
+
+def _note(windows: Sequence[Span]) -> str:
+    if not any(is_finite(window) for window in windows):
+        return "not a window in time"
+    return EMPTY_WINDOW if len(windows) == 1 and is_empty(windows[0]) else ""
+
+
+def is_empty(window: Span) -> bool:
+    """Whether `window` is a point in time: it starts where it ends."""
+    return window.start == window.end
 
 
 def is_finite(window: Span) -> bool:

@@ -27,6 +27,7 @@ settle_accelerator()
 
 from datasets.collate_fns import VideoCollator  # noqa: E402
 from datasets.encoding import fit_prompt  # noqa: E402
+from inference.timeline_rows import EMPTY_WINDOW  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
 from trainers.model import load_for_inference  # noqa: E402
@@ -249,7 +250,11 @@ def summary(found: dict[str, Any]) -> str:
         return f"no segment could be read from the answer: {found['raw_text']!r}"
     if not found["segments"]:
         return f"not in the video, says the model: {found['raw_text']!r}"
-    return "\n".join(f"{start:.1f} s to {end:.1f} s" for start, end in found["segments"])
+    return "\n".join(_window_in_words(start, end) for start, end in found["segments"])
+
+
+def _window_in_words(start: float, end: float) -> str:
+    return f"{start:.1f} s ({EMPTY_WINDOW})" if start == end else f"{start:.1f} s to {end:.1f} s"
 
 
 if __name__ == "__main__":

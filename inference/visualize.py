@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
-from inference.timeline_rows import Lane, distinct_queries, is_finite, timeline_lanes, wrap
+from inference.timeline_rows import Lane, distinct_queries, is_empty, is_finite, timeline_lanes, wrap
 from utils.common import UserError
 from utils.curves import BLUE, FAINT, GREEN, INK, MUTED, figure_format, figure_style, save_figure
 from utils.spans import Span
@@ -213,11 +213,20 @@ def _draw_lane(axes: Axes, lane: Lane, gid: str, middle: float, limits: tuple[fl
         if is_finite(window):
             _draw_window(axes, window, colour, f"{gid}-{number}", middle, limits)
     if lane.note:
-        note = axes.text(0.008, middle, lane.note, transform=axes.get_yaxis_transform(), va="center", color=INK)
-        note.set(fontstyle="italic", fontsize=10.5, parse_math=False, gid=f"{gid}-note")
-        _fit(note, 0.98 * _AXIS_WIDTH)
-        note.set_path_effects([withStroke(linewidth=3, foreground="white")])  # keeps the grid out of the words
+        _draw_note(axes, lane, gid, middle, limits)
     _list_windows(axes, lane, middle, span=limits[1] - limits[0])
+
+
+def _draw_note(axes: Axes, lane: Lane, gid: str, middle: float, limits: tuple[float, float]) -> None:
+    """The words of a row: at its left end, or beside the cross of a window without length, where there is more room."""
+    x, ha, room = 0.008, "left", 0.98
+    if lane.windows and is_finite(lane.windows[0]):
+        mark = min(max((lane.windows[0].start - limits[0]) / (limits[1] - limits[0]), 0.01), 0.99)  # cross or arrow
+        x, ha, room = (mark + 0.025, "left", 1 - mark) if mark < 0.5 else (mark - 0.025, "right", mark)
+    note = axes.text(x, middle, lane.note, transform=axes.get_yaxis_transform(), ha=ha, va="center", color=INK)
+    note.set(fontstyle="italic", fontsize=10.5, parse_math=False, gid=f"{gid}-note")
+    _fit(note, room * _AXIS_WIDTH)
+    note.set_path_effects([withStroke(linewidth=3, foreground="white")])  # keeps the grid out of the words
 
 
 def _draw_window(axes: Axes, window: Span, colour: str, gid: str, middle: float, limits: tuple[float, float]) -> None:
@@ -301,9 +310,13 @@ def format_window(window: Span, span_s: float) -> str:
 
     >>> format_window(Span(3.0, 9.25), 8), format_window(Span(-3.0, 9.2), 40), format_window(Span(65.0, 3600.0), 7200)
     ('3.00 – 9.25 s', '−3.0 – 9.2 s', '0:01:05 – 1:00:00')
+    >>> format_window(Span(6.0, 6.0), 40)
+    '6.0 s (empty)'
     """
     digits = 2 if span_s < 10 else 0 if span_s >= 3600 and window.end - window.start >= 2 else 1
     unit = " s" if span_s < 60 else ""
+    if is_empty(window):
+        return f"{format_time(window.start, span_s, digits)}{unit} (empty)"
     return f"{format_time(window.start, span_s, digits)} – {format_time(window.end, span_s, digits)}{unit}"
 
 

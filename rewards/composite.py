@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewards.base import Reward, as_values
 from rewards.reading import Batch
-from rewards.reward_registry import build_reward
+from rewards.reward_registry import build_reward, find_reward
 from utils.common import UserError
 
 
@@ -44,6 +44,8 @@ class CompositeReward(Reward):
         """Their weights."""
         self.components: dict[str, list[float]] = {}
         """What each component gave in the last call, unweighted, one value a row."""
+        for name in config:
+            find_reward(name)  # an unknown name is named before what it is given: the name decides what that may be
         for name, given in config.items():
             params = _params(name, given)
             self.weights[name] = _weight(name, params.pop("weight", 1.0))

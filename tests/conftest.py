@@ -43,7 +43,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3-VL checkpoint with tied embeddings, in the Hugging Face layout."""
-    return tiny.tiny_checkpoint(tmp_path_factory, prompt=PromptConfig(question="{sentence}: when?"))
+    return tiny.tiny_checkpoint(tmp_path_factory, prompt=PromptConfig(question="When {sentence}?"))
 
 
 @pytest.fixture(autouse=True)

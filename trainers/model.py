@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGenerat
 from trainers.parts import LearningRates, describe_trainable, freeze_by_rate
 from utils.common import UserError
 from utils.config import LoraConfig, ModelConfig
+from utils.hub import require_hub
 from utils.logging_utils import get_logger
 from utils.prompts import CONTRACT_FILE, PromptContract
 
@@ -103,6 +104,7 @@ def _adapter_base(folder: Path) -> str:
 
 def _from_hub(name: str, load: Callable[[], Any]) -> Any:
     """Run a `from_pretrained`, turning what cannot be found or reached into one clear line."""
+    require_hub(name)
     try:
         return load()
     except (OSError, ValueError) as error:
@@ -267,8 +269,8 @@ def load_adapter(model: Qwen3VLForConditionalGeneration, folder: Path, *, traina
     return wrapped
 
 
-def keep_copies_in_fp32(model: Any) -> None:
-    """Train full copies (`modules_to_save`) in fp32 inside a bf16 model.
+def keep_copies_in_fp32(model: Any, adapter: str = "default") -> None:
+    """Train an adapter's full copies (`modules_to_save`) in fp32 inside a bf16 model.
 
     A bf16 weight near 1 cannot move by less than 0.004, so steps of a small learning rate would round away. Inputs are
     cast to the copy's dtype and outputs back to the model's, so the residual stream stays bf16 and plain generate works
@@ -280,13 +282,32 @@ def keep_copies_in_fp32(model: Any) -> None:
     for name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
-        for copy in wrapper.modules_to_save.values():
-            for parameter in copy.parameters():
-                parameter.data = parameter.data.float()
-            if stream_dtype != torch.float32:
-                copy.register_forward_pre_hook(_cast_floats(torch.float32), with_kwargs=True)
-                if not name.endswith("lm_head"):
-                    copy.register_forward_hook(_cast_output(stream_dtype))
+        copy = wrapper.modules_to_save[adapter]
+        for parameter in copy.parameters():
+            parameter.data = parameter.data.float()
+        if stream_dtype != torch.float32:
+            copy.register_forward_pre_hook(_cast_floats(torch.float32), with_kwargs=True)
+            if not name.endswith("lm_head"):
+                copy.register_forward_hook(_cast_output(stream_dtype))
+
+
+def settle_reference(model: Any) -> None:
+    """Make the adapter `ref`, TRL's copy of `default` for the KL term, its exact and frozen copy.
+
+    TRL copies into bf16 modules, which would round the fp32 copies, so that the KL would not begin at 0.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    if "ref" not in model.peft_config:
+        return
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if any(p.dtype == torch.float32 for w in wrappers for p in w.modules_to_save["default"].parameters()):
+        keep_copies_in_fp32(model, "ref")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if ".ref." in name:
+            parameter.data.copy_(parameters[name.replace(".ref.", ".default.")].data)
+            parameter.requires_grad_(False)
 
 
 def _cast_floats(dtype: torch.dtype) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from utils.config import SFTTrainingConfig
+from utils.config import RLTrainingConfig, SFTTrainingConfig
 from utils.logging_utils import human_count
 
 
@@ -20,7 +20,7 @@ class LearningRates:
     head: float
 
     @classmethod
-    def from_training(cls, training: SFTTrainingConfig) -> LearningRates:
+    def from_training(cls, training: SFTTrainingConfig | RLTrainingConfig) -> LearningRates:
         """The rates of the configuration's `training` section."""
         return cls(training.learning_rate, training.mm_projector_lr, training.vision_tower_lr, training.head_lr)
 

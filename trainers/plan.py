@@ -41,6 +41,23 @@ def describe_plan(
     return "\n".join(lines)
 
 
+def describe_groups(train: VideoTemporalDataset, args: Any, reward: Any) -> str:
+    """What a GRPO step samples and earns, and the first prompt. `args` are TRL's GRPOConfig."""
+    prompts = args.generation_batch_size // args.num_generations
+    parts = ", ".join(f"{weight:g} x {name}" for name, weight in reward.weights.items())
+    sample = train[0]
+    shown = sample["fault"] if "fault" in sample else _count_pads(train.processor.tokenizer.decode(sample["input_ids"]))
+    lines = [
+        f"rollouts:    {prompts} prompts x {args.num_generations} completions a generation batch, "
+        f"{args.steps_per_generation} micro-batches, {args.num_iterations} pass(es)",
+        f"reward:      {parts}",
+        f"policy:      T {args.temperature:g}, KL {args.beta:g}, clip {args.epsilon:g}, {args.loss_type} loss",
+        "--- first prompt",
+        shown,
+    ]
+    return "\n".join(lines)
+
+
 def describe_batch(dataset: VideoTemporalDataset, size: int) -> str:
     """Collate the first `size` rows and decode them: prompts with visual tokens counted, the learnt answer apart."""
     samples = [dataset[index] for index in range(min(size, len(dataset)))]
@@ -63,6 +80,8 @@ def decode_row(tokenizer: Any, batch: Batch, row: int) -> tuple[str, str]:
     ids, labels = batch["input_ids"][row][kept], batch["labels"][row][kept]
     prompt = tokenizer.decode(ids[labels == IGNORE])
     answer = tokenizer.decode(ids[labels != IGNORE])
-    return re.sub(
-        r"(?:<\|video_pad\|>)+", lambda run: f"<|video_pad|>*{run.group().count('|video_pad|')}", prompt
-    ), answer
+    return _count_pads(prompt), answer
+
+
+def _count_pads(text: str) -> str:
+    return re.sub(r"(?:<\|video_pad\|>)+", lambda run: f"<|video_pad|>*{run.group().count('|video_pad|')}", text)

@@ -1,52 +1,24 @@
 """Supervised fine-tuning: a thin subclass of transformers' Trainer.
 
-Adds to it: a learning rate per part of the model, a loss on the answer only, greedy validation by the project's
-metrics, `checkpoint-best` / `checkpoint-final` with manifest and prompt contract, and the count of unreadable videos.
+Adds to what `trainers.run_keeper` keeps: a loss on the answer only, batches of like length, the blindness guard.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import IntervalStrategy
 
 from datasets.collate_fns import Batch, VideoCollator, answer_columns
 from datasets.encoding import IGNORE
 from datasets.video_dataset import VideoTemporalDataset
-from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, ProgressLines, SpeedMeter, StopOnInterrupt
-from trainers.generation import answer_rows, check_sees_video
+from trainers.generation import check_sees_video
 from trainers.model import Policy
-from trainers.parts import LearningRates, parameter_size, part_of
-from utils.checkpoints import BEST, FINAL, replace_folder, rotate, saving, write_manifest
-from utils.common import UserError, atomic_open
-from utils.config import SFTConfig
-from utils.logging_utils import get_logger, peak_memory_bytes
-from utils.metrics import evaluate
-from utils.prompts import PromptContract
-from utils.run import Run
-
-BEST_METRIC = "eval_mIoU"
-
-OUT_OF_MEMORY = (
-    "CUDA ran out of memory ({reason}). What lowers it, strongest first: training.per_device_train_batch_size (raise "
-    "training.gradient_accumulation_steps to keep the batch), data.total_pixels or data.max_frames, "
-    "training.gradient_checkpointing=true, --deepspeed configs/deepspeed/ds_zero3_offload.json, lora.r, dropping "
-    "embed_tokens "
-    "and lm_head from lora.modules_to_save, a smaller model. Complete checkpoints stay; go on with "
-    "--resume_from_checkpoint auto"
-)
+from trainers.run_keeper import RunKeeper, TrainingSetup
+from utils.logging_utils import get_logger
 
 
 def answer_loss(
@@ -65,37 +37,7 @@ def answer_loss(
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-@dataclass(frozen=True)
-class SFTSetup:
-    """What the trainer needs beside TrainingArguments."""
-
-    rates: LearningRates
-    contract: PromptContract
-    max_new_tokens: int
-    max_bad_fraction: float
-    blindness_guard: bool
-    early_stopping_patience: int | None
-    run: Run | None = None
-    """Where records go; None writes none (a dry run, a test)."""
-
-    @classmethod
-    def from_config(
-        cls, config: SFTConfig, rates: LearningRates, contract: PromptContract, run: Run | None
-    ) -> SFTSetup:
-        """The part of the configuration that the trainer reads itself."""
-        training = config.training
-        return cls(
-            rates=rates,
-            contract=contract,
-            max_new_tokens=training.max_new_tokens,
-            max_bad_fraction=config.data.max_bad_fraction,
-            blindness_guard=training.blindness_guard,
-            early_stopping_patience=training.early_stopping_patience,
-            run=run,
-        )
-
-
-class VideoSFTTrainer(Trainer):
+class VideoSFTTrainer(RunKeeper):
     """Trains a `Policy` on a `VideoTemporalDataset`.
 
     Args:
@@ -106,48 +48,27 @@ class VideoSFTTrainer(Trainer):
         setup: Learning rates per part, prompt contract, validation and fault limits.
     """
 
-    # Trainer sets these without saying their types.
-    data_collator: Any
-    optimizer: Any
-    control: Any
-
     def __init__(
         self,
         policy: Policy,
         train_dataset: VideoTemporalDataset,
         eval_dataset: VideoTemporalDataset | None,
         args: TrainingArguments,
-        setup: SFTSetup,
+        setup: TrainingSetup,
     ) -> None:
-        self.setup = setup
-        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
-        self.num_kept, args.save_total_limit = args.save_total_limit, None  # `rotate` does it; see there
+        self.prepare(policy, train_dataset, eval_dataset, args, setup)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every batch has a video, so every trained parameter is used
-        if eval_dataset is None:
-            args.eval_strategy = IntervalStrategy.NO
-        self.faults = FaultCounter(len(train_dataset), setup.max_bad_fraction)
-        pad = policy.processor.tokenizer.pad_token_id
-        self.eval_collator = VideoCollator(pad, eval_dataset.blank(), side="left") if eval_dataset is not None else None
-        self.speed = SpeedMeter()
-        self.stop = StopOnInterrupt()
         super().__init__(
             model=policy.model,
             args=args,
-            data_collator=VideoCollator(pad, train_dataset.blank()),
+            data_collator=VideoCollator(policy.processor.tokenizer.pad_token_id, train_dataset.blank()),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=policy.processor,
             compute_loss_func=answer_loss,
-            callbacks=[self.stop, AtTrainBegin(self.check_sight)],
         )
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLines())
-        if setup.run is not None:
-            self.add_callback(MetricsCallback(setup.run.metrics_path, str(args.output_dir)))
-        if setup.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(early_stopping_patience=setup.early_stopping_patience))
+        self.watch()
 
     # ------------------------------------------------------------------ data
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -157,14 +78,6 @@ class VideoSFTTrainer(Trainer):
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, dataset=dataset, lengths=dataset.lengths)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """Validation batches are left-padded prompts without answers."""
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     # ------------------------------------------------------------------ one step
     def compute_loss(
@@ -177,57 +90,7 @@ class VideoSFTTrainer(Trainer):
         # A key/value cache would be built for nothing, and is refused with a warning under gradient checkpointing.
         return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One parameter group per part of the model and weight-decay setting, each at its own learning rate."""
-        if self.optimizer is not None:
-            return self.optimizer
-        target = self.model if model is None else model
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-        if {"params", "model", "optimizer_dict"} & set(options):
-            raise UserError(
-                f"training.optim={self.args.optim} builds its own parameter groups, which would drop mm_projector_lr "
-                f"and head_lr; choose another, e.g. adamw_torch"
-            )  # noqa: E501
-        self.optimizer = optimizer_class(self.parameter_groups(target), **options)
-        return self.optimizer
-
-    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """`[{"params", "lr", "weight_decay", "part"}]`, only what trains, in a fixed order (resume relies on it)."""
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            key = (part_of(name), name in decayed)
-            group = groups.setdefault(
-                key,
-                {
-                    "params": [],
-                    "lr": getattr(self.setup.rates, key[0]),
-                    "weight_decay": self.args.weight_decay if key[1] else 0.0,
-                    "part": key[0],
-                },
-            )
-            group["params"].append(parameter)
-        if not groups:
-            raise UserError(
-                "nothing trains: every learning rate is 0 and lora.enabled is false, or LoRA has no targets"
-            )
-        return [groups[key] for key in sorted(groups)]
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; CUDA running out of memory names the knobs that lower it."""
-        try:
-            return super().train(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0])) from error
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the training."""
-        return self.stop.requested
-
-    def check_sight(self) -> None:
+    def at_train_begin(self) -> None:
         """The blindness guard (contract 4) on the first readable training sample, alike on every rank.
 
         Called when training begins: under ZeRO-3 the weights are whole only inside the wrapped model's forward.
@@ -241,137 +104,3 @@ class VideoSFTTrainer(Trainer):
                 get_logger().info(check_sees_video(self.model_wrapped, self.data_collator([sample])))
                 return
             self.faults.add([(index, sample["fault"])])
-
-    # ------------------------------------------------------------------ validation
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Answer every validation row greedily and score it by `utils.metrics`. Returns `eval_mIoU`, ..."""
-        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        started = time.perf_counter()
-        predictions = self._answer_rows(dataset)
-        samples = [dataset.scored_sample(index, text) for index, text in sorted(predictions.items())]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluate(samples).items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
-        self._save_predictions(dataset, predictions)
-        self.log(dict(metrics))
-        self.speed.skip(time.perf_counter() - started)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _answer_rows(self, dataset: Any) -> dict[int, str]:
-        """Answer text per row number, from all processes; a faulty row is counted and answers nothing."""
-        loader = self.get_eval_dataloader(dataset)
-        answers = answer_rows(
-            self.model,
-            self.processing_class,
-            self._progress(loader),
-            max_new_tokens=self.setup.max_new_tokens,
-            bf16=self.args.bf16,
-            synced_gpus=is_deepspeed_zero3_enabled(),
-        )
-        FaultCounter(len(dataset), self.setup.max_bad_fraction).add(gather_object(answers.faults))
-        return dict(gather_object(list(answers.texts.items())))
-
-    def _progress(self, loader: Any) -> Any:
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        return tqdm(loader, desc="validation", leave=False, disable=hidden)
-
-    def _save_predictions(self, dataset: Any, predictions: dict[int, str]) -> None:
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step}.jsonl"
-        with atomic_open(path) as handle:
-            for index, text in sorted(predictions.items()):
-                row = dataset.rows[index]
-                record = {"video": row.video, "sentence": row.sentence, "timestamp": row.timestamp, "answer": text}
-                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    # ------------------------------------------------------------------ checkpoints
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Trainer's; a new best is also saved as `checkpoint-best`."""
-        is_new_best = super()._determine_best_metric(metrics, trial)
-        if is_new_best:
-            self.save_named(BEST, metrics)
-        return is_new_best
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        started = time.perf_counter()
-        with saving(folder, self._checkpoint_bytes(with_optimizer=True)):
-            super()._save_checkpoint(model, trial)
-        self._seal(folder)
-        if self.args.should_save:
-            rotate(folder.parent, self.num_kept)
-        self.speed.skip(time.perf_counter() - started)
-
-    def save_named(self, name: str, metrics: dict[str, float] | None = None) -> Path:
-        """Save loadable weights, processor and prompt contract as `<output_dir>/<name>`, replacing an older one
-        whole."""
-        target = Path(self.args.output_dir) / name
-        unfinished = target.with_name(f".{name}.unfinished")
-        with saving(target, self._checkpoint_bytes(with_optimizer=False)):
-            self.save_model(str(unfinished), _internal_call=True)
-            if self.args.should_save and metrics:
-                with atomic_open(unfinished / "metrics.json") as handle:
-                    json.dump({"step": self.state.global_step, **metrics}, handle, indent=2)
-        self._seal(unfinished)
-        if self.args.should_save:
-            replace_folder(unfinished, target)
-            get_logger().info("saved %s (step %d)", target, self.state.global_step)
-        self.accelerator.wait_for_everyone()
-        return target
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.setup.contract.save(Path(output_dir or self.args.output_dir))
-
-    def _seal(self, folder: Path) -> None:
-        """Write the manifest after every rank has written its files."""
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(folder)
-        self.accelerator.wait_for_everyone()
-
-    def _checkpoint_bytes(self, *, with_optimizer: bool) -> int:
-        """Estimated size of a save: the trained weights (all of them in full fine-tuning) and two fp32 Adam moments."""
-        lora = hasattr(self.model, "peft_config")
-        saved = [p for p in self.model.parameters() if p.requires_grad or not lora]
-        weights = sum(parameter_size(p) * p.element_size() for p in saved)
-        moments = sum(8 * parameter_size(p) for p in saved if p.requires_grad) if with_optimizer else 0
-        return int(1.05 * (weights + moments)) + 16 * 2**20
-
-    def finish(self) -> dict[str, float]:
-        """After training: validate the last step if it was not, save `checkpoint-final`, return its metrics."""
-        metrics: dict[str, float] = {}
-        if self.eval_dataset is not None:
-            last = [entry for entry in self.state.log_history if BEST_METRIC in entry]
-            if last and last[-1]["step"] == self.state.global_step:
-                metrics = {k: v for k, v in last[-1].items() if k.startswith("eval_")}
-            else:
-                metrics = self.evaluate()
-                self._determine_best_metric(metrics, None)
-        self.save_named(FINAL, metrics)
-        return metrics
-
-    # ------------------------------------------------------------------ logs
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's record, with every group's learning rate, throughput and peak memory beside the loss."""
-        if "loss" in logs:
-            logs.pop("learning_rate", None)
-            logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
-            logs["peak_memory_gb"] = peak_memory_bytes() / 2**30
-            logs["unreadable_videos"] = len(self.faults.rows)
-            if not math.isfinite(logs["loss"]):
-                get_logger().warning(
-                    "step %d: the loss is %s; lower the learning rates or training.max_grad_norm",
-                    self.state.global_step,
-                    logs["loss"],
-                )  # noqa: E501
-        super().log(logs, start_time)
-
-    def learning_rates(self) -> dict[str, float]:
-        """`learning_rate/<part>` as the scheduler has them now."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return {f"learning_rate/{group['part']}": group["lr"] for group in groups if "part" in group}

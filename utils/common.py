@@ -30,13 +30,25 @@ class UserError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most similar to `name`, or None when nothing is close.
+    """The choice most similar to `name`, or that it is short for, or None when nothing is close.
 
     >>> nearest("learning_rat", ["learning_rate", "fps"])
     'learning_rate'
+    >>> nearest("tiou", ["generalized_iou", "temporal_iou"])
+    'temporal_iou'
     """
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    options = list(choices)
+    matches = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if not matches and len(name) > 2:
+        longer = [option for option in options if _is_short_for(name, option)]
+        matches = difflib.get_close_matches(name, longer, n=1, cutoff=0.0)
     return matches[0] if matches else None
+
+
+def _is_short_for(name: str, option: str) -> bool:
+    """Whether `option` begins with the same letter and holds the others in the same order."""
+    letters = iter(option)
+    return name[:1] == option[:1] and all(letter in letters for letter in name)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The configuration: what every key means, which values it takes, and reading and writing it as YAML (contract 5).
 
-The `training` section is in `utils.config_training`. Errors name key, value, rule and line, all of them at once
-(`utils.config_yaml` knows the lines, `utils.config_errors` the words).
+The `training` sections are in `utils.config_training` (SFT) and `utils.config_rl` (GRPO). Errors name key, value, rule
+and line, all of them at once (`utils.config_yaml` knows the lines, `utils.config_errors` the words).
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    RootModel,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from utils.common import atomic_open
 from utils.config_base import Broken, ConfigError, Names, RuleError, StrictModel
-from utils.config_errors import Finding, findings, in_order, read_section, spoilt, unknown_key
+from utils.config_errors import Finding, SectionModel, findings, in_order, read_section, spoilt, unknown_key
+from utils.config_rl import RewardTerms, RLTrainingConfig, default_rewards
 from utils.config_trainer import TrainerSection
 from utils.config_training import SFTTrainingConfig
 from utils.config_yaml import apply_overrides, merge, read_file, to_yaml
@@ -34,9 +43,12 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PromptConfig",
+    "RLConfig",
+    "RLTrainingConfig",
     "RuleError",
     "SFTConfig",
     "SFTTrainingConfig",
+    "SelectConfig",
     "StrictModel",
     "TrainerSection",
     "load_config",
@@ -125,6 +137,23 @@ def _as_sources(value: Any) -> Any:
 Sources = Annotated[tuple[AnnotationSource, ...], Field(strict=False), BeforeValidator(_as_sources)]
 
 
+class SelectConfig(StrictModel):
+    """Which training rows GRPO draws: those of middling difficulty, by a score that an earlier pass put into them."""
+
+    by: str = Field("model_iou_mean", min_length=1)
+    """Key in the rows' `kwargs` that holds the score."""
+    mean: float = 0.5
+    """A row's chance follows a Gaussian over its score, highest here."""
+    std: float = Field(0.2, gt=0)
+    """Width of that Gaussian."""
+    min_iou: float = Field(0.05, ge=0)
+    """Rows with a lower score are left out: a model that never finds them has nothing to compare."""
+    num_rows: int | None = Field(None, ge=1)
+    """Rows to draw, each once at most; null keeps each row with the Gaussian's height at its score as probability."""
+    seed: int = Field(0, ge=0)
+    """Seed of the drawing."""
+
+
 class DataConfig(StrictModel):
     """Which rows, and how their videos are decoded."""
 
@@ -158,6 +187,8 @@ class DataConfig(StrictModel):
     """What `timestamp` counts from in a row with video_start: that point, the file's start, or a file already cut."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of bad rows and unreadable videos past which a run stops; each one is named and counted."""
+    select: SelectConfig | None = None
+    """A choice of the training rows, for GRPO; null takes all."""
 
     def rules(self) -> Iterable[Broken]:
         """Minima are no more than maxima."""
@@ -260,17 +291,44 @@ class SFTConfig(StrictModel):
 
     def rules(self) -> Iterable[Broken]:
         """Rules between sections."""
-        heads = [name for name in ("embed_tokens", "lm_head") if name in self.lora.modules_to_save]
-        if self.lora.enabled and heads and not self.training.head_lr:
-            yield Broken(
-                ("training.head_lr", "lora.modules_to_save"),
-                f"training.head_lr must be > 0 while lora.modules_to_save holds {' and '.join(heads)}, got 0",
-                "raise training.head_lr, or take them out of lora.modules_to_save",
-            )
-        if self.training.early_stopping_patience and not self.data.val:
-            text = "training.early_stopping_patience needs validations, and data.val is empty"
-            keys = ("training.early_stopping_patience", "data.val")
-            yield Broken(keys, text, "name a file in data.val, or set the patience to null")
+        yield from _between_sections(self.lora, self.data, self.training)
+        if self.data.select is not None:
+            text = "data.select is for GRPO alone, and SFT takes every row of data.train"
+            yield Broken(("data.select",), text, "leave it out, or set data.select=null")
+
+
+class RLConfig(StrictModel):
+    """Everything of a GRPO run but its folder and its launch, which are flags."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    rewards: dict[str, RewardTerms] = Field(default_factory=default_rewards, min_length=1)
+    """What completions earn: each reward's name with its weight and its own keys, as `rewards.CompositeReward` takes
+    them, which knows the names. Whoever names any replaces the default two."""
+    training: SerializeAsAny[RLTrainingConfig] = RLTrainingConfig()
+
+    def rules(self) -> Iterable[Broken]:
+        """Rules between sections."""
+        yield from _between_sections(self.lora, self.data, self.training)
+
+
+def _between_sections(
+    lora: LoraConfig, data: DataConfig, training: SFTTrainingConfig | RLTrainingConfig
+) -> Iterable[Broken]:
+    """What SFT and GRPO ask of their sections alike: full copies train, and early stopping has rows to go by."""
+    heads = [name for name in ("embed_tokens", "lm_head") if name in lora.modules_to_save]
+    if lora.enabled and heads and not training.head_lr:
+        yield Broken(
+            ("training.head_lr", "lora.modules_to_save"),
+            f"training.head_lr must be > 0 while lora.modules_to_save holds {' and '.join(heads)}, got 0",
+            "raise training.head_lr, or take them out of lora.modules_to_save",
+        )
+    if training.early_stopping_patience and not data.val:
+        text = "training.early_stopping_patience needs validations, and data.val is empty"
+        keys = ("training.early_stopping_patience", "data.val")
+        yield Broken(keys, text, "name a file in data.val, or set the patience to null")
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
@@ -282,7 +340,8 @@ def load_config(
     """The configuration in the YAML files `paths`, with the `section.key=value` words of `overrides` laid over them.
 
     A section stands in one of the files at most; one that stands nowhere keeps its defaults. The values of overrides
-    are YAML, and of two for one key the later wins. Imports transformers when `cls` has a `training` section.
+    are YAML, and of two for one key the later wins. Imports transformers (and trl for GRPO) when `cls` has a `training`
+    section.
     Raises ConfigError with every mistake of all files and overrides.
     """
     document = merge([read_file(Path(path), list(cls.model_fields)) for path in paths])
@@ -292,6 +351,7 @@ def load_config(
     found += [Finding((), unknown_key((name,), cls.model_fields, document)) for name in unknown]
     models = _section_models(cls)
     sections = {name: read_section(name, models, document, found) for name in models}
+    sections = {name: section for name, section in sections.items() if section != {}}  # `rewards` without a reward
     try:
         config = cls(**sections)
     except ValidationError as error:
@@ -302,10 +362,15 @@ def load_config(
     return config
 
 
-def _section_models(cls: type[StrictModel]) -> dict[str, type[StrictModel]]:
-    """The model of each section, with the Trainer's keys where it has a Trainer."""
+def _section_models(cls: type[StrictModel]) -> dict[str, SectionModel]:
+    """The model of each section: with the Trainer's keys where it has a Trainer, a RootModel where keys are free."""
     models: dict[str, Any] = {name: field.annotation for name, field in cls.model_fields.items()}
-    return {name: model.complete() if issubclass(model, TrainerSection) else model for name, model in models.items()}
+    for name, model in models.items():
+        if not isinstance(model, type):  # dict[str, RewardTerms]
+            models[name] = RootModel[model]  # type: ignore[valid-type]
+        elif issubclass(model, TrainerSection):
+            models[name] = model.complete()
+    return models
 
 
 def save_config(config: StrictModel, path: str | os.PathLike[str]) -> None:

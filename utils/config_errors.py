@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from utils.common import nearest
 from utils.config_base import Broken, RuleError, StrictModel
@@ -20,6 +20,9 @@ from utils.config_yaml import Document, KeyPath, Place, Problem, dotted, shown
 
 Detail = Mapping[str, Any]
 """One of pydantic's errors: `loc`, `type`, `msg`, `input` and for some types `ctx`."""
+
+SectionModel = type[StrictModel] | type[RootModel[Any]]
+"""The model of a section; a RootModel of a mapping where the keys are the user's to choose."""
 
 _TYPES = {
     "int_type": "must be a whole number",
@@ -47,22 +50,24 @@ class Finding(NamedTuple):
     problem: Problem
 
 
-def read_section(
-    name: str, models: Mapping[str, type[StrictModel]], document: Document, found: list[Finding]
-) -> StrictModel:
-    """Section `name` of `document`. What is wrong is added to `found`, and has its default in the section returned."""
+def read_section(name: str, models: Mapping[str, SectionModel], document: Document, found: list[Finding]) -> Any:
+    """Section `name` of `document`: a StrictModel, or a plain mapping where the keys are free.
+
+    What is wrong is added to `found`, and has its default in the section returned (a free key is left out).
+    """
     model, written = models[name], document.values.get(name)
     if not isinstance(written, dict | None):
         place = document.place((name,))
         text = f"{name} must be a mapping of keys, got {shown(written)}{_at([place])}"
         found.append(Finding((), Problem(text, place)))
     values = dict(written) if isinstance(written, dict) else {}
-    for key in [key for key in values if key not in model.model_fields]:
+    for key in [key for key in values if key not in _keys(model, values)]:
         del values[key]
         found.append(Finding((f"{name}.{key}",), _no_such_key((name, key), models, document)))
     while True:
         try:
-            return model.model_validate(values)
+            section = model.model_validate(values)
+            return section.root if isinstance(section, RootModel) else section
         except ValidationError as error:
             wrong = findings(error, name, model, document)
             found += [finding for finding in wrong if spoilt(found).isdisjoint(finding.keys)]
@@ -70,6 +75,11 @@ def read_section(
             keys = {key for finding in wrong for key in finding.keys}
             rest = {key: value for key, value in values.items() if f"{name}.{key}" not in keys}
             values = rest if len(rest) < len(values) else {}
+
+
+def _keys(model: SectionModel, written: Iterable[str] = ()) -> Iterable[str]:
+    """The keys a section may have: whatever is `written` where they are free."""
+    return written if issubclass(model, RootModel) else model.model_fields
 
 
 def spoilt(found: Iterable[Finding]) -> set[str]:
@@ -161,14 +171,14 @@ def _remedy(details: Sequence[Detail], value: Any) -> str:
     return ""
 
 
-def _no_such_key(path: tuple[str, str], models: Mapping[str, type[StrictModel]], document: Document) -> Problem:
+def _no_such_key(path: tuple[str, str], models: Mapping[str, SectionModel], document: Document) -> Problem:
     """Why `path` is not a key: refused on purpose, a key of another section, or misspelt."""
     section, key = path
     model = models[section]
     if issubclass(model, TrainerSection) and key in model.REFUSED:
         place = document.place(path)
         return Problem(f"{dotted(path)} cannot be set here{_at([place])}; {model.REFUSED[key]}", place)
-    elsewhere = [name for name, other in models.items() if key in other.model_fields]
+    elsewhere = [name for name, other in models.items() if key in _keys(other)]
     return unknown_key(path, model.model_fields, document, elsewhere)
 
 

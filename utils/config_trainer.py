@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
@@ -30,7 +30,11 @@ class TrainerSection(StrictModel):
     """Base of the `training` sections: own keys as fields, and any other key of `arguments_class` that makes sense."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    """Keys of `arguments_class` that a config may not set, with the reason and what to do instead."""
+    """Keys that a config may not set, with the reason and what to do instead."""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Own keys that `arguments_class` knows by another name."""
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Values of keys of `arguments_class` whose type says no more than that they are text."""
     _own: ClassVar[type[TrainerSection] | None] = None  # the class that `complete` extended
 
     @classmethod
@@ -43,12 +47,12 @@ class TrainerSection(StrictModel):
     @classmethod
     @lru_cache
     def complete(cls) -> type[TrainerSection]:
-        """This class with a field for every other TrainingArguments key that is not refused. Imports transformers."""
+        """This class with a field for every other key of `arguments_class` that is not refused. Imports that class."""
         arguments = cls.arguments_class()
         hints = typing.get_type_hints(arguments)
         fields = _narrowed(cls, hints)
         for field in dataclasses.fields(arguments):
-            hint = yaml_type(hints[field.name], field.metadata)
+            hint = yaml_type(hints[field.name], {"choices": cls.CHOICES.get(field.name), **field.metadata})
             if field.init and hint is not None and field.name not in {*cls.REFUSED, *cls.model_fields}:
                 fields[field.name] = (hint, Field(default_factory=_default_of(field)))
         model: Any = create_model(f"Complete{cls.__name__}", __base__=cls, __module__=cls.__module__, **fields)
@@ -73,25 +77,43 @@ class TrainerSection(StrictModel):
         kept = self.values()
         return {name: value for name, value in handler(self).items() if name in kept}
 
+    def trainer_values(self) -> dict[str, Any]:
+        """`values` under the Trainer's names, and what is always set. Sections with further such keys add to this."""
+        values = {self.RENAMED.get(name, name): value for name, value in self.values().items()}
+        if values["warmup_steps"] is None:
+            values["warmup_steps"] = values["warmup_ratio"]  # below 1 it is a share of the run
+        return {**values, "remove_unused_columns": False}
+
     def to_training_arguments(
         self, output_dir: str | Path, deepspeed: str | Path | None = None, **extra: Any
     ) -> TrainingArguments:
         """The Trainer's arguments: what the config set, this project's defaults, then `extra` over both.
 
-        Own keys that the Trainer does not know stay here. Raises ConfigError, naming the keys, when TrainingArguments
+        Own keys that the Trainer does not know stay here. Raises ConfigError, naming the keys, when `arguments_class`
         refuses a value, and when the DeepSpeed file is missing or builds its own optimizer.
         """
         kind = self.arguments_class()
         known = {field.name for field in dataclasses.fields(kind) if field.init}
         if unknown := set(extra) - known:
             raise TypeError(f"{kind.__name__} has no {sorted(unknown)}")
-        arguments = {**_to_trainer(self.values(), known), "output_dir": str(output_dir), **extra}
+        arguments = {**_to_trainer(self.trainer_values(), known), "output_dir": str(output_dir), **extra}
         if deepspeed is not None:
             arguments["deepspeed"] = check_deepspeed(Path(deepspeed))
         try:
             return kind(**arguments)
         except (ValueError, TypeError, FileNotFoundError) as error:
-            raise ConfigError([_refusal(str(error), arguments, known)]) from error
+            raise ConfigError([self._refusal(str(error), arguments)]) from error
+
+    def _refusal(self, message: str, arguments: Mapping[str, Any]) -> str:
+        """The Trainer's own message with the keys it is about: those it names, else those whose value it quotes."""
+        own = {theirs: ours for ours, theirs in self.RENAMED.items()}
+        words = set(re.findall(r"\w+", message))
+        fields = dataclasses.fields(self.arguments_class())
+        named = [field.name for field in fields if field.init and field.name in words]
+        quoted = [name for name, value in arguments.items() if isinstance(value, str) and value and value in message]
+        keys = ", ".join(f"training.{own.get(name, name)}" for name in sorted(named) or quoted)
+        text = f"the Trainer refuses the value ({' '.join(message.split())}); change it in the config"
+        return f"{keys or 'the section training'}: {text}"
 
 
 def _restore(own: type[TrainerSection], complete: bool, values: dict[str, Any], written: set[str]) -> TrainerSection:
@@ -150,11 +172,7 @@ def _plain(arm: Any) -> Any:
 
 
 def _to_trainer(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Own keys in the Trainer's names and types. Which names it has differs between versions of transformers."""
-    steps = values["warmup_steps"]
-    values["warmup_steps"] = values["warmup_ratio"] if steps is None else steps  # below 1 it is a share of the run
-    values["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
-    values |= {"remove_unused_columns": False, "label_names": ["labels"]}
+    """Values in the Trainer's types, without the keys it does not know. Which it knows differs between versions."""
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         if old in values and new in known:  # 5.17 has the old name alone, 5.23 deprecates it
@@ -166,15 +184,6 @@ def _trainer_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _refusal(message: str, arguments: Mapping[str, Any], known: Iterable[str]) -> str:
-    """TrainingArguments' own message with the keys it is about: those it names, else those whose value it quotes."""
-    words = set(re.findall(r"\w+", message))
-    named = [name for name in sorted(known) if name in words]
-    quoted = [name for name, value in arguments.items() if isinstance(value, str) and value and value in message]
-    keys = ", ".join(f"training.{name}" for name in named or quoted) or "the section training"
-    return f"{keys}: the Trainer refuses the value ({' '.join(message.split())}); change it in the config"
 
 
 def check_deepspeed(path: Path) -> str:

@@ -1,14 +1,15 @@
-"""The `training` section: this project's own keys beside every `transformers.TrainingArguments` key that makes sense.
+"""The `training` section of SFT, and the keys that every `training` section has.
 
-The second kind comes from the installed transformers (`utils.config_trainer`). Reading files is `utils.config`;
-training is `trainers`.
+Beside this project's own keys stands every `transformers.TrainingArguments` key that makes sense; those come from the
+installed transformers (`utils.config_trainer`). GRPO's section is in `utils.config_rl`. Reading files is
+`utils.config`; training is `trainers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -16,40 +17,41 @@ from utils.config_base import Broken, Names
 from utils.config_trainer import TrainerSection
 
 _HUB = "training publishes nothing: upload a finished checkpoint folder with `hf upload`"
-_BEST = "checkpoint-best is always kept by eval/mIoU"
 _VALIDATION = "validation generates answers in batches of training.per_device_eval_batch_size and scores them itself"
 _ALWAYS = "the entry script always trains, and validates when data.val is given"
 
-REFUSED: Mapping[str, str] = {
-    "output_dir": "give the folder on the command line: --output_dir FOLDER",
-    "deepspeed": "give the file on the command line: --deepspeed configs/deepspeed/ds_zero2.json",
-    "resume_from_checkpoint": "give it on the command line: --resume_from_checkpoint",
-    "local_rank": "torchrun sets it: start with scripts/sft.sh --num_gpus N",
-    "do_train": _ALWAYS,
-    "do_eval": _ALWAYS,
-    "do_predict": "predict with inference/video_infer.py on a checkpoint",
-    "remove_unused_columns": "it would drop the video tensors, so it is always false",
-    "label_names": "the labels are always in `labels`",
-    "prediction_loss_only": _VALIDATION,
-    "include_for_metrics": _VALIDATION,
-    "batch_eval_metrics": _VALIDATION,
-    "eval_do_concat_batches": _VALIDATION,
-    "eval_use_gather_object": _VALIDATION,
-    "eval_accumulation_steps": _VALIDATION,
-    "load_best_model_at_end": _BEST,
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
-    "label_smoothing_factor": "the loss is plain cross-entropy on the answer's tokens",
-    "use_cache": "a forward pass of training never reads a key/value cache, and generation always does",
-    "train_sampling_strategy": "set training.group_by_length",
-    "length_column_name": "lengths come from the rows themselves; set training.group_by_length",
-    "activation_checkpointing": "set training.gradient_checkpointing",
-    "activation_checkpointing_kwargs": "set training.gradient_checkpointing_kwargs",
-    "parallelism_config": "it is a Python object; for more GPUs use scripts/sft.sh --num_gpus N --deepspeed FILE",
-    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
-    **dict.fromkeys(("hub_always_push", "hub_revision"), _HUB),
-}
-"""TrainingArguments keys that a config may not set, with the reason and what to do instead."""
+
+def refusals(best_metric: str, launcher: str) -> dict[str, str]:
+    """The TrainingArguments keys that no section takes, with the reason and what to do instead.
+
+    `best_metric` decides `checkpoint-best`; `launcher` starts the run on several GPUs.
+    """
+    best = f"checkpoint-best is always kept by {best_metric}"
+    return {
+        "output_dir": "give the folder on the command line: --output_dir FOLDER",
+        "deepspeed": "give the file on the command line: --deepspeed configs/deepspeed/ds_zero2.json",
+        "resume_from_checkpoint": "give it on the command line: --resume_from_checkpoint",
+        "local_rank": f"torchrun sets it: start with {launcher} --num_gpus N",
+        "do_train": _ALWAYS,
+        "do_eval": _ALWAYS,
+        "do_predict": "predict with inference/video_infer.py on a checkpoint",
+        "remove_unused_columns": "it would drop the video tensors, so it is always false",
+        "prediction_loss_only": _VALIDATION,
+        "include_for_metrics": _VALIDATION,
+        "batch_eval_metrics": _VALIDATION,
+        "eval_do_concat_batches": _VALIDATION,
+        "eval_use_gather_object": _VALIDATION,
+        "eval_accumulation_steps": _VALIDATION,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": best,
+        "greater_is_better": best,
+        "use_cache": "a forward pass of training never reads a key/value cache, and generation always does",
+        "activation_checkpointing": "set training.gradient_checkpointing",
+        "activation_checkpointing_kwargs": "set training.gradient_checkpointing_kwargs",
+        "parallelism_config": f"it is a Python object; for more GPUs use {launcher} --num_gpus N --deepspeed FILE",
+        **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
+        **dict.fromkeys(("hub_always_push", "hub_revision"), _HUB),
+    }
 
 
 def _whole_or_share(value: float) -> float:
@@ -62,10 +64,8 @@ Updates = Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)]
 """A number of optimizer updates, or below 1 a share of all updates of the run."""
 
 
-class SFTTrainingConfig(TrainerSection):
-    """How SFT trains. Any other TrainingArguments key may be written beside these, but for the `REFUSED` ones."""
-
-    REFUSED: ClassVar[Mapping[str, str]] = REFUSED
+class LearningKeys(TrainerSection):
+    """What trains, in which batches and at which rates, and when that is logged, validated and saved."""
 
     learning_rate: float = Field(1e-4, ge=0)
     """Peak learning rate of the language LoRA, or of the language weights in full fine-tuning. 0 freezes them."""
@@ -113,12 +113,18 @@ class SFTTrainingConfig(TrainerSection):
     """Checkpoints to keep for resuming, besides checkpoint-best and checkpoint-final; null keeps all."""
     max_eval_samples: int | None = Field(500, ge=1)
     """Validation rows answered in each validation (the same ones every time); null takes all."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Tokens to generate for an answer in validation. With prompt.thinking 512 or more, or the answer is cut off."""
-    early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after this many validations without a better eval/mIoU; null never stops early."""
-    group_by_length: bool = True
-    """Put rows of similar length into one batch, which wastes less padding."""
+
+    def rules(self) -> Iterable[Broken]:
+        """Something trains."""
+        rates = ("learning_rate", "mm_projector_lr", "vision_tower_lr", "head_lr")
+        if not any(getattr(self, rate) for rate in rates):
+            keys = tuple(f"training.{rate}" for rate in rates)
+            yield Broken(keys, f"{', '.join(keys)} are all 0, so nothing would train", "raise one of them")
+
+
+class RecordKeys(TrainerSection):
+    """Data workers, seed, where a run's numbers go, and the check before it starts."""
+
     dataloader_num_workers: int = Field(4, ge=0)
     """Processes that decode videos on each GPU's side; 0 decodes in the training process."""
     seed: int = Field(42, ge=0)
@@ -134,13 +140,43 @@ class SFTTrainingConfig(TrainerSection):
     blindness_guard: bool = True
     """Check once at the start that zeroed pixels change the answer's log-probabilities; a blind model is an error."""
 
+
+class _SFTKeys(TrainerSection):
+    """What only SFT has."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens to generate for an answer in validation. With prompt.thinking 512 or more, or the answer is cut off."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many validations without a better eval/mIoU; null never stops early."""
+    group_by_length: bool = True
+    """Put rows of similar length into one batch, which wastes less padding."""
+
+
+def stopping_rule(patience: int | None, eval_strategy: str) -> Iterable[Broken]:
+    """Early stopping has validations to go by."""
+    if patience and eval_strategy == "no":
+        text = "training.early_stopping_patience needs validations, and training.eval_strategy is no"
+        keys = ("training.early_stopping_patience", "training.eval_strategy")
+        yield Broken(keys, text, "set training.eval_strategy: steps, or the patience to null")
+
+
+class SFTTrainingConfig(RecordKeys, _SFTKeys, LearningKeys):  # pydantic lists the last base's keys first
+    """How SFT trains. Any other TrainingArguments key may be written beside these, but for the `REFUSED` ones."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **refusals("eval/mIoU", "scripts/sft.sh"),
+        "label_names": "the labels are always in `labels`",
+        "label_smoothing_factor": "the loss is plain cross-entropy on the answer's tokens",
+        "train_sampling_strategy": "set training.group_by_length",
+        "length_column_name": "lengths come from the rows themselves; set training.group_by_length",
+    }
+
     def rules(self) -> Iterable[Broken]:
         """Something trains, and early stopping has validations to go by."""
-        rates = ("learning_rate", "mm_projector_lr", "vision_tower_lr", "head_lr")
-        if not any(getattr(self, rate) for rate in rates):
-            keys = tuple(f"training.{rate}" for rate in rates)
-            yield Broken(keys, f"{', '.join(keys)} are all 0, so nothing would train", "raise one of them")
-        if self.early_stopping_patience and self.eval_strategy == "no":
-            text = "training.early_stopping_patience needs validations, and training.eval_strategy is no"
-            keys = ("training.early_stopping_patience", "training.eval_strategy")
-            yield Broken(keys, text, "set training.eval_strategy: steps, or the patience to null")
+        yield from super().rules()
+        yield from stopping_rule(self.early_stopping_patience, self.eval_strategy)
+
+    def trainer_values(self) -> dict[str, Any]:
+        """With the order of rows and the name of the labels."""
+        order = "group_by_length" if self.group_by_length else "random"
+        return {**super().trainer_values(), "train_sampling_strategy": order, "label_names": ["labels"]}

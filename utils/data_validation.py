@@ -4,8 +4,8 @@
     python -m utils.data_validation --annotations train.jsonl --fix clean.jsonl --policy end_past_duration=clip
 
 What a row means by itself is `utils.rows`; this file adds what needs other rows (duplicates, train against test, the
-trim readings) or the videos. Exit status: 0 clean (warnings allowed), 1 errors (with --fix: left in the repaired
-copy), 2 usage.
+trim readings) or the videos: whether they are there, and with --probe_videos whether they can be read and are as long
+as the rows say. Exit status: 0 clean (warnings allowed), 1 errors (with --fix: left in the repaired copy), 2 usage.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
     "trim_length": Kind("duration is not video_end - video_start"),
     "trim_reading": Kind("the row fits only another reading than --trim"),
     "trim_outside_file": Kind("the trimmed stretch goes past the end of the file"),
-    "missing_video": Kind("no such video (in --videos_root, beside the annotations, or here)"),
+    "missing_video": Kind("no such video (in --videos_root, beside the annotations, or here); see --skip_videos"),
     "unreadable_video": Kind("the video cannot be decoded"),
     "duration_mismatch": Kind("the file is not as long as duration says"),
     "duplicate_row": Kind("an earlier row says the same"),
@@ -121,6 +121,10 @@ KINDS: dict[str, Kind] = {
     "shared_video": Kind("the video is in an --against file too", is_error=False),
 }
 """Every kind of problem, by its slug. All can be dropped."""
+
+VALUE_FAULTS = {"empty_sentence", "bad_duration", "start_ge_end", "negative_start", "bad_trim"}
+"""Faults of a row by itself that leave it every field, of its type: it can be written in the normal form all the
+same."""
 
 
 @dataclass
@@ -139,19 +143,26 @@ class Entry:
             self.row = record_to_row(self.record, self.file, self.line)
 
     def edited(self, record: dict[str, Any]) -> Entry:
-        """The same line with another record, checked anew and written in the normal form where it has one."""
-        findings = check_record(record)
-        shown = record if findings else row_to_record(record_to_row(record))
-        return Entry(self.file, self.line, dump_record(shown), record, findings)
+        """The same line with another record, checked anew."""
+        return Entry(self.file, self.line, dump_record(record), record, check_record(record))
+
+    @property
+    def normal_text(self) -> str:
+        """The line as a repaired copy holds it: in the normal form, or as it stands where it has none."""
+        if self.record is None or not {kind for kind, _ in self.findings} <= VALUE_FAULTS:
+            return self.text
+        return dump_record(row_to_record(record_to_row(self.record)))
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to check rows against. `tolerance` is in seconds and holds for probed durations and trim readings."""
+    """What to check rows against. `tolerance` is in seconds and holds for probed durations and trim readings.
+    `skip_videos` does not look whether the videos are there, `probe_videos` opens them."""
 
     videos_root: Path | None = None
     trim: Trim = "relative"
     probe_videos: bool = False
+    skip_videos: bool = False
     tolerance: float = TRIM_TOLERANCE_S
 
 
@@ -185,7 +196,9 @@ class Checker:
     def __init__(self, options: Options, against: Sequence[Row] = ()) -> None:
         self.options = options
         self.path_of = cache(lambda folder, video: _find_video(folder, video, options.videos_root))
-        self.name_of = cache(_video_name)
+        # os.path.exists, not Path.exists: a name of 300 letters is one more missing video, not a crash
+        self.is_there = cache(os.path.exists)
+        self.name_of = cache(self._name)
         self.probed: dict[Path, VideoInfo | Finding] = {}
         self.against_videos = self._first_by(against, self.video_of)
         self.against_pairs = self._first_by(against, self._pair_of)
@@ -210,6 +223,9 @@ class Checker:
     def video_of(self, row: Row) -> str:
         """What makes two rows' videos the same: the real path of a file that is there, else the path as written."""
         return self.name_of(self._path(row), row.video)
+
+    def _name(self, path: Path, video: str) -> str:
+        return os.path.realpath(path) if self.is_there(path) else os.path.normpath(video)
 
     def _num_videos(self, entries: Sequence[Entry]) -> int:
         """Videos that any row names, be the row good or bad."""
@@ -245,14 +261,19 @@ class Checker:
         if row.sentence != row.sentence.strip():
             yield "outer_space", "`sentence` begins or ends with white space"
         yield from self._trim_length(row)
-        if self.options.probe_videos and isinstance(fault := self.probed[self._path(row)], tuple):
-            yield fault
+        yield from self._video_findings(self._path(row))
         if id(row) in others:  # one cause: what the wrong reading does to windows and lengths is not counted again
             yield "trim_reading", f"the row fits {' and '.join(others[id(row)])}, not --trim {self.options.trim}"
         else:
             yield from clip_findings(row, self.options.trim)
             yield from self._length_findings(row)
         yield from self._twins(row, earlier)
+
+    def _video_findings(self, path: Path) -> Iterator[Finding]:
+        if not self.options.skip_videos and not self.is_there(path):
+            yield "missing_video", f"no such video: {path}"
+        elif isinstance(fault := self.probed.get(path), tuple):
+            yield fault
 
     def _trim_length(self, row: Row) -> Iterator[Finding]:
         bounds = clip_bounds(row, self.options.trim)
@@ -292,7 +313,7 @@ class Checker:
     def _probe(self, paths: Iterable[Path]) -> None:
         from tqdm import tqdm
 
-        wanted = [path for path in dict.fromkeys(paths) if path not in self.probed]
+        wanted = [path for path in dict.fromkeys(paths) if path not in self.probed and self.is_there(path)]
         if not wanted:
             return
         with ThreadPoolExecutor(NUM_PROBE_THREADS) as pool:
@@ -310,16 +331,9 @@ def _find_video(folder: str, video: str, videos_root: Path | None) -> Path:
     return resolve_video(row, videos_root)
 
 
-def _video_name(path: Path, video: str) -> str:
-    # os.path.exists, not Path.exists: a name of 300 letters is one more missing video, not a crash
-    return os.path.realpath(path) if os.path.exists(path) else os.path.normpath(video)
-
-
 def _probe_one(path: Path) -> VideoInfo | Finding:
     from utils.video import VideoReadError, probe_video
 
-    if not os.path.exists(path):
-        return "missing_video", f"no such video: {path}"
     try:
         return probe_video(path)
     except VideoReadError as error:
@@ -422,11 +436,12 @@ def _clip_to_duration(trim: Trim) -> Edit:
 
 
 def write_fixed(out: Path, entries: Sequence[Entry]) -> None:
-    """Write the repaired copy, atomically; untouched lines keep their text. Raises UserError before an empty one."""
+    """Write the repaired copy, atomically, every row in the normal form that it has one of: all its rows have the same
+    fields, as those of `utils.rows.write_rows`. Raises UserError before an empty one."""
     if not entries:
         raise UserError(f"--fix {out}: the policies drop every row; nothing is written")
     with atomic_open(out) as handle:
-        handle.writelines(entry.text + "\n" for entry in entries)
+        handle.writelines(entry.normal_text + "\n" for entry in entries)
 
 
 # ---- output
@@ -493,12 +508,14 @@ def render_fix(fix: Fix, policies: Mapping[str, str], out: Path) -> str:
     return "\n".join(lines)
 
 
-def verdict(report: Report, probed: bool) -> str:
+def verdict(report: Report, options: Options) -> str:
     """The last line: clean or not, and what was not looked at."""
     num_warned = len({(p.file, p.line) for p in report.problems if not KINDS[p.kind].is_error})
     state = f"{report.num_errors} rows with errors" if report.num_errors else "clean"
     state += f", {num_warned} with warnings" if num_warned else ""
-    return state if probed else f"{state} (the videos were not opened; --probe_videos does)"
+    if options.skip_videos:
+        return f"{state} (the videos were not looked for)"
+    return state if options.probe_videos else f"{state} (the videos were not opened; --probe_videos does)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -531,7 +548,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--videos_root", type=Path, help="folder in which relative video paths are looked up first")
     add("--trim", choices=TRIM_READINGS, default="relative", help="what the times of trimmed rows count from")
-    add("--probe_videos", action="store_true", help="open every video")
+    videos = parser.add_mutually_exclusive_group()
+    videos.add_argument("--probe_videos", action="store_true", help="open every video")
+    videos.add_argument(
+        "--skip_videos",
+        action="store_true",
+        help="do not look whether the videos are there: they are on another machine",
+    )
     add("--tolerance", type=float, default=TRIM_TOLERANCE_S, help="seconds a length may be off (%(default)s)")
     add("--report", type=Path, metavar="OUT.json", help="write every problem as JSON")
     add("--fix", type=Path, metavar="OUT.jsonl", help="write a repaired copy (one input file)")
@@ -571,7 +594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = _parser().parse_args(argv)
     policies = _check_usage(args)
-    options = Options(args.videos_root, args.trim, args.probe_videos, args.tolerance)
+    options = Options(args.videos_root, args.trim, args.probe_videos, args.skip_videos, args.tolerance)
     entries, against = read_entries(args.annotations), read_entries(args.against)
     checker = Checker(options, [entry.row for entry in against if entry.row is not None])
     report = result = checker.check(entries)
@@ -587,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_if_moved(fix, args.fix, options)
     if args.report:
         write_json(args.report, report_as_json(report, [str(path) for path in args.annotations], fix))
-    _say("\n" + verdict(result, args.probe_videos))
+    _say("\n" + verdict(result, options))
     return 1 if result.num_errors else 0
 
 

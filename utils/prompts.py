@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from utils.common import UserError, write_json
 from utils.config import DataConfig, PromptConfig
+from utils.logging_utils import get_logger
 from utils.spans import Span
 
 CONTRACT_FILE = "prompt_contract.json"
@@ -105,6 +106,18 @@ class PromptContract:
                 "vision_tower": self.vision_tower,
             },
         )
+
+    def differences(self, other: PromptContract) -> list[str]:
+        """`key: other's value -> own value` for what the model would see or say otherwise than under `other`."""
+        pairs = [(f"prompt.{k}", getattr(other.prompt, k), getattr(self.prompt, k)) for k in PromptConfig.model_fields]
+        pairs += [(f"data.{key}", getattr(other.data, key), getattr(self.data, key)) for key in SAMPLING_KEYS]
+        pairs += [("transformers", other.transformers_version, self.transformers_version)]
+        return [f"{key}: {before!r} -> {now!r}" for key, before, now in pairs if before != now]
+
+    def warn_if_other(self, earlier: PromptContract | None) -> None:
+        """One log line that names what differs from the contract of the checkpoint a run begins with, if anything."""
+        if earlier is not None and (changed := self.differences(earlier)):
+            get_logger().warning("the checkpoint was trained with another prompt or sampling: %s", "; ".join(changed))
 
     @classmethod
     def load(cls, folder: Path) -> PromptContract:

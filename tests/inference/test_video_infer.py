@@ -22,7 +22,7 @@ from utils.prompts import PromptContract
 DATA = DataConfig(
     fps=1.0, min_frames=2, max_frames=8, min_pixels_per_frame=1024, max_pixels_per_frame=1024, total_pixels=16384
 )
-PROMPT = PromptConfig(question="{sentence}: when?")
+PROMPT = PromptConfig(question="When {sentence}?")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,15 @@ def test_answers_of_every_kind(full_checkpoint: Path, video: Path, monkeypatch: 
     absent = predict("The event does not happen in the video.")
     assert absent["parsed"] and absent["segments"] == [] and absent["start_time"] is None
     assert "not in the video" in summary(absent)
+    assert summary(two) == "1.0 s to 2.0 s\n5.0 s to 6.5 s"
+    empty = predict("From 6.0 to 6.0 seconds.")
+    assert (empty["start_time"], empty["end_time"], empty["segments"], empty["parsed"]) == (
+        6.0,
+        6.0,
+        [[6.0, 6.0]],
+        True,
+    )
+    assert summary(empty) == "6.0 s (an empty window: start = end)"
     nonsense = predict("purple 7 monkeys")
     assert not nonsense["parsed"] and nonsense["segments"] == [] and nonsense["raw_text"] == "purple 7 monkeys"
     assert "no segment could be read" in summary(nonsense)

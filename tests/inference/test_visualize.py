@@ -146,6 +146,20 @@ def test_a_window_without_length_is_a_cross():
     assert words(figure).count("0.00") == 2
 
 
+@pytest.mark.parametrize("time", [0.0, 12.0, 38.0, 500.0])
+def test_a_window_without_length_is_said_to_be_empty(time):
+    figure = draw([(time, time), [(1.0, 2.0), (time, time)]], [(10.0, 15.0)])
+    said = words(figure)
+    assert said.count("an empty window: start = end") == 1  # of the row that has nothing else
+    assert said.count(f"{time:.1f} s (empty)") == 2 and "1.0 – 2.0 s" in said
+    axes = axes_of(figure, "windows")
+    [note] = [text for text in axes.texts if text.get_gid() == "prediction-1-note"]
+    frame, box = axes.get_window_extent(), note.get_window_extent()
+    assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+    cross = axes.transData.transform((time, 0))[0]
+    assert not box.x0 < cross < box.x1
+
+
 def test_many_windows_are_listed_up_to_a_number():
     figure = draw([(0.0, 1.0)], [(4.0 * index, 4.0 * index + 2) for index in range(6)])
     said = words(figure)

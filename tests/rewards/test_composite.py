@@ -85,6 +85,12 @@ def test_an_unknown_name_lists_the_choices():
         CompositeReward({"segment_overlp": {"weight": 1.0}})
 
 
+@pytest.mark.parametrize("config", [{"tiou": 1}, {"temporal_iou": 1.0, "tiou": {"weight": "much"}}])
+def test_an_unknown_name_comes_before_what_it_is_given(config):
+    with pytest.raises(UserError, match=r"^rewards\.tiou is no reward; did you mean temporal_iou\? Choose from"):
+        CompositeReward(config)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

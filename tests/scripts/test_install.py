@@ -274,6 +274,13 @@ def test_own_python_is_taken_as_it_is(machine: Machine) -> None:
     assert machine.pip_calls() == []
 
 
+def test_the_plan_with_an_own_python_is_to_install_nothing(machine: Machine) -> None:
+    result = machine.install("--print_plan", "--print_python", VTG_PYTHON=sys.executable)
+    said = f"VTG_PYTHON={sys.executable} is used as it is; nothing will be installed\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{sys.executable}\n", said)
+    assert machine.pip_calls() == [] and not machine.stamp.exists()
+
+
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +305,6 @@ NO_IMPORT_STATEMENT = {
     "qwen-vl-utils": "imported by name when it is the backend",
     "tensorboard": "used by Trainer, for its logs",
     "torchvision": "used by the processor",
-    "trl": "comes with train_rl.py",
 }
 
 

@@ -269,6 +269,14 @@ def test_rules_between_sections(write: Writer) -> None:
     assert load_config(SFTConfig, [], ["training.head_lr=0", "lora.enabled=false"]).training.head_lr == 0
 
 
+def test_sft_takes_every_row() -> None:
+    assert of("data.select.num_rows=9") == [
+        "data.select is for GRPO alone, and SFT takes every row of data.train (command line); "
+        "leave it out, or set data.select=null"
+    ]
+    assert load_config(SFTConfig, [], ["data.select=null"]).data.select is None
+
+
 def test_rules_of_training_and_lora() -> None:
     zero = ("training.learning_rate=0", "training.mm_projector_lr=0", "training.head_lr=0", "lora.enabled=false")
     assert of(*zero) == [

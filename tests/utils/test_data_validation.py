@@ -16,10 +16,12 @@ import pytest
 
 from utils.common import REPO_ROOT, UserError
 from utils.data_validation import KINDS, Options, main, parse_policies, validate
-from utils.rows import read_rows
+from utils.rows import FIELDS, read_rows, write_rows
 
+SKIP = Options(skip_videos=True)
 ANNOTATIONS = REPO_ROOT.parent / "shared" / "annotations"
 GOOD: dict[str, Any] = {"video": "a.mp4", "duration": 30, "timestamp": [1, 4.5], "sentence": "a red square appears"}
+NORMAL = {**GOOD, "duration": 30.0, "timestamp": [1.0, 4.5], "video_start": None, "video_end": None, "kwargs": {}}
 
 
 def write(path: Path, records: Iterable[Any]) -> Path:
@@ -29,7 +31,9 @@ def write(path: Path, records: Iterable[Any]) -> Path:
 
 
 def kinds_of(path: Path, **options: Any) -> list[tuple[int, str]]:
-    return [(problem.line, problem.kind) for problem in validate([path], options=Options(**options)).problems]
+    """Without a word on videos: of the rows alone."""
+    given = options if options.keys() & {"probe_videos", "skip_videos"} else options | {"skip_videos": True}
+    return [(problem.line, problem.kind) for problem in validate([path], options=Options(**given)).problems]
 
 
 def trimmed(start: float, end: float, window: list[float], **fields: Any) -> dict[str, Any]:
@@ -64,7 +68,7 @@ BAD = {
 
 def test_each_kind_is_found_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [GOOD, "", *BAD.values()])
-    report = validate([path])
+    report = validate([path], options=SKIP)
     expected = [(line, kind) for line, kind in enumerate(BAD, start=3)]
     found = [(problem.line, problem.kind) for problem in report.problems]
     outside = expected[[kind for _, kind in expected].index("window_outside")][0]
@@ -91,7 +95,7 @@ def test_duplicates_count_from_the_first_over_all_files(tmp_path: Path) -> None:
     other = GOOD | {"timestamp": [2, 3]}
     one = write(tmp_path / "one.jsonl", [GOOD, other, GOOD])
     two = write(tmp_path / "two.jsonl", [other, GOOD | {"sentence": "b"}])
-    report = validate([one, two])
+    report = validate([one, two], options=SKIP)
     assert [(p.file, p.line, p.kind) for p in report.problems] == [
         (str(one), 3, "duplicate_row"),
         (str(two), 1, "duplicate_row"),
@@ -106,7 +110,7 @@ def test_train_against_test(tmp_path: Path) -> None:
         GOOD | {"sentence": "something else", "video": "b.mp4"},
         GOOD | {"video": "c.mp4"},
     ]
-    report = validate([write(tmp_path / "train.jsonl", rows)], against=[test])
+    report = validate([write(tmp_path / "train.jsonl", rows)], against=[test], options=SKIP)
     assert [(p.line, p.kind, p.message.rsplit(":")[-1]) for p in report.problems] == [
         (1, "shared_pair", "1"),
         (1, "shared_video", "1"),
@@ -164,7 +168,8 @@ def test_probing_finds_missing_unreadable_and_wrong_length(videos: Path, capsys:
         row_on("a.mp4", 2.0, video_start=2.4, video_end=4.4),
     ]
     path = write(videos / "rows.jsonl", rows)
-    assert kinds_of(path) == []  # unprobed, the videos are not judged
+    assert kinds_of(path, skip_videos=True) == []
+    assert kinds_of(path, probe_videos=False) == [(5, "missing_video")]
     found = kinds_of(path, probe_videos=True)
     assert found == [
         (3, "duration_mismatch"),
@@ -174,9 +179,21 @@ def test_probing_finds_missing_unreadable_and_wrong_length(videos: Path, capsys:
         (7, "unreadable_video"),
         (9, "trim_outside_file"),
     ]
-    assert "4/4" in capsys.readouterr().err  # each video once, with a progress bar
+    assert "3/3" in capsys.readouterr().err  # each video that is there once, with a progress bar
     assert [line for line, _ in kinds_of(path, probe_videos=True, tolerance=1.0)] == [5, 6, 7]
     assert (2, "duration_mismatch") in kinds_of(path, probe_videos=True, tolerance=0.1)
+
+
+def test_every_path_is_looked_up_once(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = str(tmp_path / "gone.mp4")
+    there = str(videos / "a.mp4")
+    rows = [row_on(name, 4.0, timestamp=[0, end]) for name in (there, gone) for end in (1, 2, 3)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    asked: list[str] = []
+    exists = os.path.exists
+    monkeypatch.setattr("utils.data_validation.os.path.exists", lambda name: asked.append(str(name)) or exists(name))
+    assert kinds_of(path, probe_videos=False) == [(4, "missing_video"), (5, "missing_video"), (6, "missing_video")]
+    assert asked == [there, gone]
 
 
 def test_probing_tells_cut_files_from_whole_ones(videos: Path) -> None:
@@ -191,8 +208,9 @@ def test_probing_tells_cut_files_from_whole_ones(videos: Path) -> None:
 def test_names_no_file_can_have_are_missing_videos(tmp_path: Path) -> None:
     names = ["x" * 300, "~nobody-here/a.mp4", "a\0.mp4", "\ud83d.mp4"]
     path = write(tmp_path / "rows.jsonl", [row_on(name, 4.0) | {"sentence": "x"} for name in names])
-    found = kinds_of(path, probe_videos=True)
-    assert found == [(1, "missing_video"), (2, "missing_video"), (3, "bad_text"), (4, "bad_text")]
+    for probe in (False, True):
+        found = kinds_of(path, probe_videos=probe)
+        assert found == [(1, "missing_video"), (2, "missing_video"), (3, "bad_text"), (4, "bad_text")]
 
 
 def test_videos_root(videos: Path, tmp_path: Path) -> None:
@@ -207,7 +225,8 @@ def test_videos_root(videos: Path, tmp_path: Path) -> None:
 def run_fix(tmp_path: Path, records: Iterable[Any], *policies: str, extra: Iterable[str] = ()) -> tuple[int, list[str]]:
     path, out = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
     before = path.read_bytes()
-    status = main(["--annotations", str(path), "--fix", str(out), "--policy", *policies, *extra])
+    command = ["--annotations", str(path), "--fix", str(out), "--skip_videos", "--policy", *policies, *extra]
+    status = main(command)
     assert path.read_bytes() == before
     return status, out.read_text().splitlines()
 
@@ -236,7 +255,7 @@ def test_fix_clips_swaps_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture
     status, lines = run_fix(tmp_path, records, *policies, extra=["--report", str(report)])
     assert status == 0
     assert stamps(lines) == [[1, 4.5], [[0.0, 2.0], [28.0, 30.0]], [5.0, 9.0], [20.0, 30.0], [1.0, 4.5]]
-    assert lines[0] == json.dumps(GOOD)  # untouched lines keep their text
+    assert lines[0] == json.dumps(NORMAL)  # an untouched row too is written in the normal form
     assert json.loads(lines[-1])["sentence"] == "a dog"
     assert read_rows(tmp_path / "out.jsonl")[1] == []
     value = json.loads(report.read_text())
@@ -251,6 +270,23 @@ def test_fix_clips_swaps_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  start_ge_end")] == [
         ["start_ge_end", "swap", "2", "0", "0"]
     ]
+
+
+def test_fix_writes_every_row_with_the_same_fields(tmp_path: Path) -> None:
+    records = [
+        GOOD,
+        trimmed(5, 35, [2, 1], kwargs=None),
+        GOOD | {"timestamp": [[9, 12], [2, 5]], "kwargs": {"qid": 1}},
+        {"sentence": "turned round", "timestamp": [], "duration": 30, "video": "b.mp4"},
+        GOOD | {"timestamp": [7, 7]},  # left as it is: no policy mends it
+        GOOD | {"sentence": " a dog", "video_end": 31},
+    ]
+    status, lines = run_fix(tmp_path, records, "outer_space=clip", "start_ge_end=swap")
+    assert status == 1 and [list(json.loads(line)) for line in lines] == [list(FIELDS)] * 6
+    assert stamps(lines) == [[1.0, 4.5], [1.0, 2.0], [[2.0, 5.0], [9.0, 12.0]], [], [7.0, 7.0], [1.0, 4.5]]
+    (tmp_path / "left.jsonl").write_text("\n".join(lines[:4] + lines[5:]))
+    write_rows(tmp_path / "again.jsonl", read_rows(tmp_path / "left.jsonl")[0])
+    assert (tmp_path / "again.jsonl").read_text().splitlines() == lines[:4] + lines[5:]
 
 
 def test_fix_leaves_what_no_policy_names_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +383,13 @@ def run_command_line(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_exit_status_and_no_traceback(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.jsonl", [GOOD]), write(tmp_path / "bad.jsonl", [GOOD | {"x": 1}])
+    missing = run_command_line("--annotations", str(good))
+    assert missing.returncode == 1
+    assert f"{good}:1: no such video: {tmp_path / 'a.mp4'}" in missing.stdout and "--skip_videos" in missing.stdout
+    skipped = run_command_line("--annotations", str(good), "--skip_videos")
+    assert skipped.returncode == 0, skipped.stderr
+    assert skipped.stdout.splitlines()[-1] == "clean (the videos were not looked for)"
+    (tmp_path / "a.mp4").touch()
     clean = run_command_line("--annotations", str(good), "--report", str(tmp_path / "r.json"))
     assert clean.returncode == 0, clean.stderr
     assert clean.stdout.splitlines()[0] == "1 rows, 1 videos"
@@ -381,11 +424,19 @@ def test_usage_errors(args: list[str], says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_videos_cannot_be_both_opened_and_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--annotations", "a", "--probe_videos", "--skip_videos"])
+    assert ended.value.code == 2
+    assert "argument --skip_videos: not allowed with argument --probe_videos" in capsys.readouterr().err
+
+
 def test_report_lists_every_problem_and_the_screen_only_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [GOOD | {"duration": None}] * 9 + [GOOD])
-    status = main(["--annotations", str(path), "--report", str(tmp_path / "r.json"), "--max_examples", "2"])
+    command = ["--annotations", str(path), "--report", str(tmp_path / "r.json"), "--max_examples", "2"]
+    status = main([*command, "--skip_videos"])
     shown = capsys.readouterr().out
     assert status == 1 and shown.count("`duration` must be") == 2 and "      9  wrong_type" in shown
     value = json.loads((tmp_path / "r.json").read_text())
@@ -425,7 +476,7 @@ def charades(split: str) -> list[dict[str, Any]]:
     ],
 )
 def test_charades_sta_counts(tmp_path: Path, split: str, rows: int, counts: dict[str, int]) -> None:
-    report = validate([write(tmp_path / f"{split}.jsonl", charades(split))])
+    report = validate([write(tmp_path / f"{split}.jsonl", charades(split))], options=SKIP)
     assert (report.num_rows, report.counts) == (rows, counts)
 
 
@@ -439,6 +490,6 @@ def test_tacos_duplicates(tmp_path: Path) -> None:
             stamp = [frame / item["fps"] for frame in frames]
             rows.append({"video": video, "duration": item["num_frames"] / item["fps"], "timestamp": stamp})
             rows[-1]["sentence"] = sentence
-    report = validate([write(tmp_path / "val.jsonl", rows)])
+    report = validate([write(tmp_path / "val.jsonl", rows)], options=SKIP)
     distinct = {(row["video"], tuple(row["timestamp"]), row["sentence"]) for row in rows}
     assert report.num_rows == 4436 and report.counts["duplicate_row"] == 4436 - len(distinct) == 516

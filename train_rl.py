@@ -1,0 +1,98 @@
+"""GRPO of Qwen3-VL for temporal grounding, from an SFT checkpoint: parse, build, train.
+
+    python train_rl.py --config configs/training/rl_config.yaml --data_config configs/data/video_config.yaml \\
+        --model_path outputs/sft/checkpoint-best --output_dir outputs/rl [training.temperature=1.0 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from utils.attach import attach
+from utils.common import run_command, settle_accelerator
+
+attach()
+settle_accelerator()
+
+from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
+from rewards import CompositeReward  # noqa: E402
+from trainers.merging import settle_start  # noqa: E402
+from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
+from trainers.parts import LearningRates  # noqa: E402
+from trainers.plan import describe_groups, describe_plan  # noqa: E402
+from trainers.rl_trainer import RolloutSettings, VideoGRPOTrainer  # noqa: E402
+from trainers.rollout_batches import check_batch_shape  # noqa: E402
+from trainers.run_keeper import TrainingSetup  # noqa: E402
+from utils.config import RLConfig, load_config  # noqa: E402
+from utils.curves import plot_curves  # noqa: E402
+from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402
+from utils.prompts import PromptContract  # noqa: E402
+from utils.run import start_run  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; anything of the form a.b=c overrides a configuration key."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML with model, lora, rewards and training")
+    parser.add_argument("--data_config", type=Path, required=True, help="YAML with data and prompt")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/rl")
+    parser.add_argument("--model_path", help="SFT checkpoint to start from; short for model.name_or_path=...")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const="auto", help="a checkpoint-<step> folder, or auto")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="load and check everything, show the plan, train nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> int:
+    """Train, and return the exit status."""
+    args = parse_args()
+    overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
+    config = load_config(RLConfig, [args.config, args.data_config], overrides)
+    reward = CompositeReward(config.rewards)
+    rates = LearningRates.from_training(config.training)
+    setup_logging()
+    require_annotations(config.data)  # at once, before anything is loaded
+    run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
+    # A dry run merges nothing, and plans with the adapter as it is.
+    model_config = config.model if run is None else settle_start(config.model, config.lora, rates, args.output_dir)
+    device = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
+    processor = load_processor(resolve_source(model_config.name_or_path))
+    train_set = VideoTemporalDataset(
+        config.data, processor, config.prompt, with_answer=False, seed=config.training.seed
+    )
+    val_set = None
+    if config.data.val:
+        num_val = config.training.max_eval_samples
+        val_set = VideoTemporalDataset(
+            config.data, processor, config.prompt, split="val", with_answer=False, max_samples=num_val
+        )
+    check_batch_shape(training_args, len(train_set))
+    policy = load_policy(model_config, config.lora, rates, deepspeed=bool(args.deepspeed))
+    contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
+    contract.warn_if_other(policy.contract)
+    if run is None:
+        print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
+        print(describe_groups(train_set, training_args, reward))  # noqa: T201
+        return 0
+    setup = TrainingSetup.from_config(config, rates, contract, run)
+    rollout = RolloutSettings.from_training(config.training)
+    trainer = VideoGRPOTrainer(policy, train_set, val_set, reward, training_args, setup, rollout)
+    contract.save(run.output_dir)
+    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    if trainer.interrupted:
+        return 130
+    trainer.finish()
+    if is_rank_zero():
+        get_logger().info("curves: %s", plot_curves(run.metrics_path, run.curves_path))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

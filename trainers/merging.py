@@ -1,0 +1,104 @@
+"""An adapter folded into its base weights, where GRPO cannot go on with the adapter itself (contract 8).
+
+TRL scores from the head's plain weight, so a LoRA pair on `lm_head` would be ignored; and an adapter cannot change its
+shape. In every other case the adapter goes on training, and nothing here is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers.model import ADAPTER_CONFIG, WeightSource, load_adapter, load_base, load_processor, resolve_source
+from trainers.parts import LearningRates
+from utils.checkpoints import manifest_problems, replace_folder, saving, write_manifest
+from utils.common import UserError
+from utils.config import LoraConfig, ModelConfig
+from utils.logging_utils import get_logger, is_rank_zero
+
+MERGED = "merged_base"
+"""Folder in the run's output folder that holds the merged weights."""
+_WAIT_S = 4 * 3600
+
+
+def merge_reason(adapter: Path, lora: LoraConfig, rates: LearningRates) -> str | None:
+    """Why the adapter in `adapter` cannot go on training under this configuration; None when it can.
+
+    Modules that the adapter holds in full and the configuration does not train (learning rate 0) are no reason.
+    """
+    stored = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    targets, saved = set(stored["target_modules"]), set(stored["modules_to_save"] or ())
+    if not lora.enabled:
+        return "lora.enabled is false"
+    if "lm_head" in targets:
+        return "it has a low-rank pair on lm_head, which GRPO's scoring would ignore"
+    for key, value in (("r", lora.r), ("lora_alpha", lora.lora_alpha)):
+        if stored[key] != value:
+            return f"lora.{key} is {value}, and the adapter has {stored[key]}"
+    wanted = set(lora.target_modules) - set(lora.modules_to_save)
+    if wanted != targets:
+        return f"lora.target_modules asks for {sorted(wanted)}, and the adapter has {sorted(targets)}"
+    if lacking := _wanted_in_full(lora, rates) - saved:
+        return f"{sorted(lacking)} should train in full, and the adapter has no copy of it"
+    return None
+
+
+def _wanted_in_full(lora: LoraConfig, rates: LearningRates) -> set[str]:
+    """Modules that need a trainable copy; of the vision parts one stands for all."""
+    return (
+        set(lora.modules_to_save)
+        | ({"merger"} if rates.mm_projector else set())
+        | ({"patch_embed"} if rates.vision_tower else set())
+    )
+
+
+def settle_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates, output_dir: Path) -> ModelConfig:
+    """The model section to load for GRPO: as it is, or with the adapter merged into `output_dir/merged_base`.
+
+    Call it before any DeepSpeed configuration is alive: under ZeRO-3 the weights would have no elements. Rank 0 merges
+    on the CPU, the other ranks wait. A merge that is complete is used again.
+    """
+    source = resolve_source(model.name_or_path)
+    reason = merge_reason(source.adapter, lora, rates) if source.adapter else None
+    if reason is None:
+        return model
+    target = output_dir / MERGED
+    if is_rank_zero():
+        if manifest_problems(target):
+            get_logger().info("merging %s into its base weights: %s", source.adapter, reason)
+            merge(source, model, target)
+    else:
+        _wait_for(target)
+    return model.model_copy(update={"name_or_path": str(target), "vision_tower": None})
+
+
+@torch.no_grad()
+def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
+    """Write base + adapter as a full checkpoint with processor, prompt contract and manifest; nothing half-written."""
+    assert source.adapter is not None
+    dtype = getattr(torch, config.torch_dtype)
+    tower = source.contract.vision_tower if source.contract else None
+    base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
+    merged = load_adapter(base, source.adapter, trainable=False, fp32_copies=False).merge_and_unload().to(dtype)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    with saving(target, sum(p.numel() * p.element_size() for p in merged.parameters())):
+        merged.save_pretrained(unfinished)
+        load_processor(source).save_pretrained(unfinished)
+        if source.contract is not None:
+            source.contract.save(unfinished)
+    write_manifest(unfinished)
+    replace_folder(unfinished, target)
+
+
+def _wait_for(target: Path) -> None:
+    """Until rank 0 has merged. No collective: the processes must not join before DeepSpeed's settings are read."""
+    until = time.monotonic() + _WAIT_S
+    while manifest_problems(target):
+        if time.monotonic() > until:
+            raise UserError(f"{target} was not complete after {_WAIT_S} s (rank {os.environ.get('RANK')})")
+        time.sleep(1)
