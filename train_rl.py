@@ -19,12 +19,12 @@ settle_accelerator()
 
 from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
 from rewards import CompositeReward  # noqa: E402
-from trainers.merging import settle_start  # noqa: E402
+from trainers.merging import plan_start, settle_start  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_groups, describe_plan  # noqa: E402
 from trainers.rl_trainer import RolloutSettings, VideoGRPOTrainer  # noqa: E402
-from trainers.rollout_batches import check_batch_shape  # noqa: E402
+from trainers.rollout_batches import batches_per_epoch, check_batch_shape  # noqa: E402
 from trainers.run_keeper import TrainingSetup  # noqa: E402
 from utils.config import RLConfig, load_config  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
@@ -59,8 +59,8 @@ def main() -> int:
     setup_logging()
     require_annotations(config.data)  # at once, before anything is loaded
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
-    # A dry run merges nothing, and plans with the adapter as it is.
-    model_config = config.model if run is None else settle_start(config.model, config.lora, rates, args.output_dir)
+    start = (config.model, config.lora, rates)
+    model_config = settle_start(*start, args.output_dir) if run is not None else plan_start(*start)
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
     processor = load_processor(resolve_source(model_config.name_or_path))
@@ -78,8 +78,10 @@ def main() -> int:
     contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
     contract.warn_if_other(policy.contract)
     if run is None:
-        print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
-        print(describe_groups(train_set, training_args, reward))  # noqa: T201
+        num_batches = batches_per_epoch(training_args, len(train_set))
+        plan = describe_plan(policy.model, rates, train_set, val_set, training_args, num_batches=num_batches)
+        if is_rank_zero():
+            print(f"{plan}\n{describe_groups(train_set, training_args, reward)}")  # noqa: T201
         return 0
     setup = TrainingSetup.from_config(config, rates, contract, run)
     rollout = RolloutSettings.from_training(config.training)

@@ -18,6 +18,7 @@ from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
 from utils.rows import Row, clip_bounds, load_annotations, model_windows, resolve_video
+from utils.selection import select_rows
 from utils.spans import parse_spans
 from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
 
@@ -48,13 +49,14 @@ class VideoTemporalDataset(Dataset[Sample]):
         data: Where the rows are, how clips are sampled.
         processor: The checkpoint's processor (tokenizer, chat template and video processor).
         prompt: What is asked and how the answer reads.
-        split: "train", "val" or "test": which `data.<split>` to read.
+        split: "train", "val" or "test": which `data.<split>` to read. Of "train" only what `data.select` draws.
         with_answer: True for training (labels), False for generation (prompt only).
         max_samples: Keep an evenly spread subset of at most this many rows, the same for every run.
         seed: Decides which rows a fractional `weight` keeps.
 
     Raises:
-        UserError: no annotation file, no usable row, too many bad rows, or trim fields that fit another `data.trim`.
+        UserError: no annotation file, no usable row, too many bad rows, trim fields that fit another `data.trim`, or
+            no scores for `data.select`.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class VideoTemporalDataset(Dataset[Sample]):
             get_logger().info(
                 "data.%s: %d of %d rows have no label and are left out", split, len(rows) - len(usable), len(rows)
             )
+        if split == "train" and data.select is not None:
+            usable = select_rows(usable, data.select)
         if max_samples is not None and max_samples < len(usable):
             usable = [usable[i] for i in np.linspace(0, len(usable) - 1, max_samples).round().astype(int)]
         self.rows: list[Row] = usable

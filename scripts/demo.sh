@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on this machine, in minutes, without downloads of weights or data: install, make synthetic videos and a
-# tiny random Qwen3-VL, fine-tune it, predict on held-out videos, print the table.
+# tiny random Qwen3-VL, fine-tune it, train it on by GRPO, predict on held-out videos, print the table.
 #
 #   scripts/demo.sh [--output_dir outputs/demo]
 #
@@ -24,25 +24,36 @@ step() { printf '\n== %s\n' "$*"; }
 started=$SECONDS
 
 configs=(--config configs/demo/sft_config.yaml --data_config configs/demo/video_config.yaml)
+rl_configs=(--config configs/demo/rl_config.yaml --data_config configs/demo/video_config.yaml)
 places=(
-    "model.name_or_path=$output/tiny_model"
     "data.train=$output/data/train.jsonl" "data.val=$output/data/val.jsonl" "data.test=$output/data/test.jsonl"
     "training.metrics_dir=$output/metrics" "training.logging_dir=$output/logs"
 )
-step "1/4 synthetic videos with annotations"
+step "1/5 synthetic videos with annotations"
 "$python" scripts/make_demo_data.py --output_dir "$output/data"
-step "2/4 tiny random Qwen3-VL"
+step "2/5 tiny random Qwen3-VL"
 "$python" scripts/make_tiny_model.py --output_dir "$output/tiny_model" --annotations "$output/data/train.jsonl" \
     --data_config configs/demo/video_config.yaml
-step "3/4 supervised fine-tuning"
+step "3/5 supervised fine-tuning"
 if [ -f "$output/sft/checkpoint-final/manifest.json" ]; then
     echo "$output/sft is trained already"
 else
-    "$python" train_sft.py "${configs[@]}" --output_dir "$output/sft" --resume_from_checkpoint auto "${places[@]}"
+    "$python" train_sft.py "${configs[@]}" --output_dir "$output/sft" --resume_from_checkpoint auto \
+        --model_path "$output/tiny_model" "${places[@]}"
 fi
-step "4/4 predictions on held-out videos"
+echo "SFT done $((SECONDS - started)) s after set-up"
+step "4/5 GRPO: LoRA on the fine-tuned model, rewarded by the IoU of sampled answers"
+if [ -f "$output/rl/checkpoint-final/manifest.json" ]; then
+    echo "$output/rl is trained already"
+else
+    "$python" train_rl.py "${rl_configs[@]}" --output_dir "$output/rl" --resume_from_checkpoint auto \
+        --model_path "$output/sft/checkpoint-best" "${places[@]}"
+fi
+step "5/5 predictions on held-out videos"
 "$python" scripts/demo_report.py "${configs[@]}" --checkpoint "$output/sft/checkpoint-best" \
-    --output_dir "$output/report" "${places[@]}"
-echo "curves:     $output/metrics/sft.png"
-echo "checkpoint: $output/sft/checkpoint-best"
+    --rl_checkpoint "$output/rl/checkpoint-best" --output_dir "$output/report" \
+    "model.name_or_path=$output/tiny_model" "${places[@]}"
+echo "curves:     $output/metrics/sft.png $output/metrics/rl.png"
+echo "rollouts:   $output/rl/rollouts.jsonl"
+echo "checkpoint: $output/sft/checkpoint-best $output/rl/checkpoint-best"
 echo "done in $((SECONDS - started)) s after set-up"

@@ -37,7 +37,7 @@ from utils.video import write_mp4  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "demo_data.json"
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 """Raised when the same seed would give other videos than before, so that an old folder is not taken for a new one."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -87,7 +87,7 @@ class Level:
 
 
 LEVELS: dict[str, Level] = {
-    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 3, (20, 28), (1, 4), 1, 1, 2, 0.0, 0, 0, 0),
+    "easy": Level(32, 2, (8, 8), (2, 2), 0, FORMS[:1], 2, (20, 28), (1, 4), 1, 1, 2, 0.0, 0, 0, 0),
     "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 0.25, 1, 1, 0.7, 0, 6, 0),
     "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 0.125, 2, 1, 0.5, 12, 12, 0.5),
 }

@@ -1,14 +1,20 @@
-"""Two processes on the CPU through `scripts/sft.sh`, as on two GPUs: plain DDP and DeepSpeed ZeRO-2."""
+"""Two processes on the CPU through `scripts/sft.sh` and `scripts/rl.sh`, as on two GPUs: plain DDP and DeepSpeed
+ZeRO-2."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from inference.video_infer import VideoTemporalInference
+from trainers.rollout_log import ROLLOUTS_FILE, read_records
 from utils.checkpoints import manifest_problems
 from utils.common import REPO_ROOT
 from utils.logging_utils import read_metrics
@@ -69,3 +75,110 @@ def test_two_processes_train_and_the_checkpoint_loads(
     video = demo_data / json.loads(answers[0])["video"]
     engine = VideoTemporalInference(tmp_path / "run" / "checkpoint-best")
     assert isinstance(engine.predict(video, "the red square appears", max_new_tokens=4)["raw_text"], str)
+
+
+# ---------------------------------------------------------------------------------------------- GRPO
+@pytest.fixture
+def grpo(answering_adapter: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`grpo("name", num_gpus, *flags)`: a run of `scripts/rl.sh` from an SFT adapter, 4 prompts x 4 completions an
+    update on 2 processes; returns its folder."""
+
+    def launch(name: str, num_gpus: int, *more: str) -> Path:
+        flags = [
+            *("--num_gpus", str(num_gpus), "--sft_checkpoint", str(answering_adapter)),
+            *("--config", str(REPO_ROOT / "configs/demo/rl_config.yaml")),
+            *("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")),
+            *("--output_dir", str(tmp_path / name)),
+            *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+            "training.num_generations=4",
+            "training.per_device_train_batch_size=4",
+            "training.gradient_accumulation_steps=2",
+            "training.per_device_eval_batch_size=2",
+            "training.kl_coef=0.05",
+            "training.lr_scheduler_type=constant",
+            "training.warmup_ratio=0",
+            "training.logging_steps=1",
+            "training.max_eval_samples=5",
+            "training.dataloader_num_workers=0",
+            f"training.run_name={name}",
+            f"training.metrics_dir={tmp_path / 'metrics'}",
+            f"training.logging_dir={tmp_path / 'logs'}",
+        ]
+        command = [str(REPO_ROOT / "scripts/rl.sh"), *flags, *more]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return tmp_path / name
+
+    return launch
+
+
+def values(folder: Path, key: str) -> list[Any]:
+    """A metric of a run, step by step."""
+    records = read_metrics(folder.parent / "metrics" / f"{folder.name}.jsonl")
+    return [record[key] for record in records if key in record]
+
+
+BARE = ("training.eval_strategy=no", "training.save_strategy=no")
+VALIDATED = ("training.max_steps=3", "training.eval_steps=3", "training.save_steps=3")
+
+
+@pytest.mark.parametrize("deepspeed", [None, "configs/deepspeed/ds_zero2.json"])
+def test_two_processes_learn_from_rewards_and_the_checkpoint_loads(
+    deepspeed: str | None, grpo: Callable[..., Path], demo_data: Path
+) -> None:
+    options = ["--deepspeed", str(REPO_ROOT / deepspeed), "training.bf16=true"] if deepspeed else []
+    folder = grpo("two", 2, *VALIDATED, *options)
+    rollouts = read_records(folder / ROLLOUTS_FILE)
+    assert [record["step"] for record in rollouts] == [step for step in range(3) for _ in range(4)]
+    assert len({record["row"] for record in rollouts}) == 12  # no process repeats the prompt of another
+    assert {len(record["completions"]) for record in rollouts} == {4}
+    for record in rollouts:  # advantages are made within the group
+        assert sum(completion["advantage"] for completion in record["completions"]) == pytest.approx(0, abs=1e-4)
+    earned = [c["reward"] for record in rollouts if record["step"] == 0 for c in record["completions"]]
+    assert values(folder, "reward/total")[0] == pytest.approx(sum(earned) / 16, abs=1e-5)
+    kl = values(folder, "train/kl")
+    assert kl[0] == 0.0 and len(kl) == 3 and kl[2] > 0.0
+    answers = [json.loads(line) for line in (folder / "validation/step-3.jsonl").read_text().splitlines()]
+    assert len(answers) == 5  # the padded sixth of two ranks is counted once
+    assert len(values(folder, "eval/reward")) == 1
+    for name in ("checkpoint-best", "checkpoint-final"):
+        assert manifest_problems(folder / name) == []
+        assert not any(".ref." in key for key in load_file(folder / name / "adapter_model.safetensors"))
+    engine = VideoTemporalInference(folder / "checkpoint-final")
+    found = engine.predict(demo_data / answers[0]["video"], answers[0]["sentence"], max_new_tokens=24)
+    assert found["parsed"]
+    assert deepspeed or found["raw_text"] == answers[0]["answer"]  # ZeRO-2 answers in bf16, inference here in fp32
+
+
+def test_sharing_changes_nothing_on_two_processes(grpo: Callable[..., Path]) -> None:
+    runs = [
+        grpo(f"share_{share}", 2, *BARE, "training.max_steps=2", f"training.share_prefix={share}")
+        for share in ("true", "false")
+    ]
+    for key in ("train/loss", "train/kl", "train/entropy", "reward/total"):
+        shared, plain = (values(folder, key) for folder in runs)
+        assert len(shared) == 2 and shared == pytest.approx(plain, abs=1e-5), key
+    texts = [[c["text"] for r in read_records(f / ROLLOUTS_FILE) for c in r["completions"]] for f in runs]
+    assert texts[0] == texts[1]
+
+
+def test_two_processes_step_as_one_with_double_accumulation(grpo: Callable[..., Path], answering_adapter: Path) -> None:
+    """Processes draw from generators of their own, so here nothing is left to chance: every completion is the likeliest
+    one (top_k 1), and the labelled answer stands beside three of them, so that rewards differ. Plain gradient descent:
+    the weights move by the gradient itself."""
+    options = [
+        "training.top_k=1", "training.temperature=1", "training.ground_truth_rollout=true", "training.max_steps=1",
+        "training.optim=sgd", "training.learning_rate=1", "training.max_grad_norm=0",
+    ]  # fmt: skip
+    two = grpo("two", 2, *BARE, *options)
+    one = grpo("one", 1, *BARE, *options, "training.gradient_accumulation_steps=4")
+    rollouts = [read_records(folder / ROLLOUTS_FILE) for folder in (two, one)]
+    assert rollouts[0] == rollouts[1] and len(rollouts[0]) == 4
+    assert any(completion["advantage"] > 0.1 for record in rollouts[0] for completion in record["completions"])
+    assert values(two, "train/loss") == pytest.approx(values(one, "train/loss"), abs=1e-5)
+    start, after, alone = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (answering_adapter, two / "checkpoint-final", one / "checkpoint-final")
+    )
+    assert max(float((after[name] - start[name]).abs().max()) for name in start) > 1e-2
+    assert all(torch.allclose(after[name], alone[name], atol=1e-5) for name in start)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,21 +115,40 @@ class ProgressLines(ProgressCallback):
                 get_logger().info(text)
 
 
-def progress_line(logs: dict[str, float]) -> str:
-    """What a person follows: loss, language rate and speed of a training record, the metrics of a validation."""
+def progress_line(logs: Mapping[str, float | None]) -> str:
+    """What a person follows: rewards (GRPO), loss, language rate and speed of a training record, the metrics of a
+    validation."""
     if "loss" in logs:
-        shown = f"loss {logs['loss']:.4f}"
+        shown = [*_rollout_words(logs), f"loss {logs['loss']:.4f}"]
         if "learning_rate/language" in logs:
-            shown += f"  lr {logs['learning_rate/language']:.2e}"
-        return f"{shown}  {logs.get('samples_per_second', 0.0):.1f} samples/s"
+            shown.append(f"lr {logs['learning_rate/language']:.2e}")
+        return "  ".join([*shown, f"{logs.get('samples_per_second', 0.0):.1f} samples/s"])
     if "eval_mIoU" in logs:
-        recalls = "  ".join(f"R1@{t} {logs[f'eval_R1@{t}']:.1f}" for t in ("0.3", "0.5", "0.7"))
-        unreadable, seconds = logs["eval_parse_failure_rate"], logs["eval_runtime"]
-        return (
-            f"validation: mIoU {logs['eval_mIoU']:.1f}  {recalls}  unreadable answers {unreadable:.1f} %  "
-            f"({logs['eval_num_samples']} queries, {seconds:.0f} s)"
-        )
+        return f"validation: {_validation_words(logs)}"
     return ""
+
+
+def _rollout_words(logs: Mapping[str, float | None]) -> list[str]:
+    """What the completions of a GRPO record earned; nothing for SFT. TRL gives None for the mean of no value."""
+    parts = {name: key for key in logs if (name := _between(key, "rewards/", "/mean"))}
+    flat, cut_off = logs.get("frac_reward_zero_std"), logs.get("completions/clipped_ratio")
+    values = [("reward", "reward", ".3f")]
+    values += [(name, key, ".3f") for name, key in parts.items() if len(parts) > 1]
+    values += [("spread", "reward_std", ".3f"), ("KL", "kl", ".4f"), ("length", "completions/mean_length", ".0f")]
+    words = [f"{name} {logs[key]:{digits}}" for name, key, digits in values if logs.get(key) is not None]
+    if cut_off:
+        words.append(f"cut off {100 * cut_off:.0f} %")
+    if flat:
+        words.append(f"groups without spread {100 * flat:.0f} %")
+    return words
+
+
+def _validation_words(logs: Mapping[str, Any]) -> str:
+    words = [f"reward {logs['eval_reward']:.3f}"] if "eval_reward" in logs else []
+    words.append(f"mIoU {logs['eval_mIoU']:.1f}")
+    words += [f"R1@{t} {logs[f'eval_R1@{t}']:.1f}" for t in ("0.3", "0.5", "0.7")]
+    words.append(f"unreadable answers {logs['eval_parse_failure_rate']:.1f} %")
+    return "  ".join([*words, f"({logs['eval_num_samples']} queries, {logs['eval_runtime']:.0f} s)"])
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -196,16 +215,40 @@ class MetricsCallback(TrainerCallback):
             self.writer.write(state.global_step, slash_names(logs))
 
 
-def slash_names(logs: dict[str, float]) -> dict[str, float]:
+def slash_names(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer's flat keys as stable slash names: `loss` -> `train/loss`, `eval_mIoU` -> `eval/mIoU`.
 
     Its summary of the whole run (`train_loss`, `train_runtime`, ...) goes to `run/`: `train/loss` is one step's.
+    What completions earn goes to `reward/`, the sum as `reward/total`, the share of groups that teach nothing as
+    `reward/zero_spread`; each component under its name, as `reward/temporal_iou`, `reward/temporal_iou_std`, ...
     """
     return {_slash_name(key): value for key, value in logs.items()}
 
 
+_REWARD_NAMES = {
+    "reward": "reward/total",
+    "reward_std": "reward/total_std",
+    "frac_reward_zero_std": "reward/zero_spread",
+}
+"""TRL's names of what the weighted sum of the rewards did."""
+
+
 def _slash_name(key: str) -> str:
-    for prefix, room in (("eval_", "eval/"), ("train_", "run/")):
+    if key in _REWARD_NAMES:
+        return _REWARD_NAMES[key]
+    for ending, short in (("/mean", ""), ("/std", "_std"), ("/zero_spread", "_zero_spread")):
+        if name := _between(key, "rewards/", ending):
+            return f"reward/{name}{short}"
+    for prefix, room in (("eval_rewards/", "eval/reward/"), ("eval_", "eval/"), ("train_", "run/")):
         if key.startswith(prefix):
             return room + key.removeprefix(prefix)
     return f"train/{key}"
+
+
+def _between(key: str, start: str, end: str) -> str:
+    """What stands between `start` and `end`; "" for a key that does not begin and end so.
+
+    >>> _between("rewards/temporal_iou/mean", "rewards/", "/mean")
+    'temporal_iou'
+    """
+    return key[len(start) : -len(end)] if key.startswith(start) and key.endswith(end) else ""

@@ -77,6 +77,17 @@ def settle_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates, out
     return model.model_copy(update={"name_or_path": str(target), "vision_tower": None})
 
 
+def plan_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates) -> ModelConfig:
+    """What a dry run loads in the place of `settle_start`'s: nothing is merged, and the base stands for the merge."""
+    source = resolve_source(model.name_or_path)
+    reason = merge_reason(source.adapter, lora, rates) if source.adapter else None
+    if reason is None:
+        return model
+    get_logger().info("training would merge %s into its base weights first: %s", source.adapter, reason)
+    tower = model.vision_tower or (source.contract.vision_tower if source.contract else None)
+    return model.model_copy(update={"name_or_path": source.base, "vision_tower": tower})
+
+
 @torch.no_grad()
 def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
     """Write base + adapter as a full checkpoint with processor, prompt contract and manifest; nothing half-written."""

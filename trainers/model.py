@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 
 from trainers.parts import LearningRates, describe_trainable, freeze_by_rate
+from trainers.vision_attention import batch_vision_frames
 from utils.common import UserError
 from utils.config import LoraConfig, ModelConfig
 from utils.hub import require_hub
@@ -194,6 +195,7 @@ def load_base(
     )
     if factory and not tower_is_stored:
         model.model.visual = factory(model.config.vision_config, model.model.visual).to(dtype)
+    batch_vision_frames(model)
     return model
 
 

@@ -20,11 +20,19 @@ def describe_plan(
     train: VideoTemporalDataset,
     val: VideoTemporalDataset | None,
     args: Any,
+    *,
+    num_batches: int | None = None,
 ) -> str:
-    """Rows, batch, steps and what trains, one fact a line. `args` are TrainingArguments."""
+    """Rows, batch, steps and what trains, one fact a line. `args` are TrainingArguments.
+
+    `num_batches`: forward passes of a process in an epoch, where it is not every row once
+    (`trainers.rollout_batches.batches_per_epoch`).
+    """
     world = max(1, args.world_size)
     batch = args.train_batch_size * args.gradient_accumulation_steps * world
-    per_epoch = math.ceil(math.ceil(len(train) / (args.train_batch_size * world)) / args.gradient_accumulation_steps)
+    if num_batches is None:
+        num_batches = math.ceil(len(train) / (args.train_batch_size * world))
+    per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     lengths = sorted(train.lengths)
     lines = [
@@ -44,12 +52,14 @@ def describe_plan(
 def describe_groups(train: VideoTemporalDataset, args: Any, reward: Any) -> str:
     """What a GRPO step samples and earns, and the first prompt. `args` are TRL's GRPOConfig."""
     prompts = args.generation_batch_size // args.num_generations
+    left_out = len(train) % prompts
     parts = ", ".join(f"{weight:g} x {name}" for name, weight in reward.weights.items())
     sample = train[0]
     shown = sample["fault"] if "fault" in sample else _count_pads(train.processor.tokenizer.decode(sample["input_ids"]))
     lines = [
         f"rollouts:    {prompts} prompts x {args.num_generations} completions a generation batch, "
-        f"{args.steps_per_generation} micro-batches, {args.num_iterations} pass(es)",
+        f"{args.steps_per_generation} micro-batches, {args.num_iterations} pass(es); "
+        f"{left_out} rows do not fill one and are left out of an epoch",
         f"reward:      {parts}",
         f"policy:      T {args.temperature:g}, KL {args.beta:g}, clip {args.epsilon:g}, {args.loss_type} loss",
         "--- first prompt",

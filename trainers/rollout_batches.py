@@ -84,6 +84,15 @@ def check_batch_shape(args: GRPOConfig, num_rows: int) -> None:
         )
 
 
+def batches_per_epoch(args: GRPOConfig, num_rows: int) -> int:
+    """Forward passes of one process in an epoch: rows fill generation batches, each of which feeds so many passes.
+
+    Rows that do not fill one are left out of the epoch (`datasets.rollouts.GroupSampler`).
+    """
+    num_prompts = args.generation_batch_size // args.num_generations
+    return num_rows // num_prompts * args.steps_per_generation * args.num_iterations
+
+
 def is_fault(sample: Sample) -> bool:
     """Whether the row's video could not be read."""
     return "fault" in sample

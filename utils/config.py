@@ -143,15 +143,16 @@ class SelectConfig(StrictModel):
     by: str = Field("model_iou_mean", min_length=1)
     """Key in the rows' `kwargs` that holds the score."""
     mean: float = 0.5
-    """A row's chance follows a Gaussian over its score, highest here."""
+    """The drawn scores follow a Gaussian around this one, however the scores of all rows are spread."""
     std: float = Field(0.2, gt=0)
     """Width of that Gaussian."""
     min_iou: float = Field(0.05, ge=0)
     """Rows with a lower score are left out: a model that never finds them has nothing to compare."""
     num_rows: int | None = Field(None, ge=1)
-    """Rows to draw, each once at most; null keeps each row with the Gaussian's height at its score as probability."""
+    """Rows to draw, each once at most; null keeps each row with a probability proportional to Gaussian / density of the
+    scores, 1 at most, and so about as many rows as can still follow the Gaussian."""
     seed: int = Field(0, ge=0)
-    """Seed of the drawing."""
+    """Seed of the drawing; the same rows and seed always give the same."""
 
 
 class DataConfig(StrictModel):

@@ -130,9 +130,31 @@ class Panel:
     from_zero: bool = False
     log_if_apart: bool = False
     """A logarithmic axis when the peaks of the lines lie far apart."""
+    without: tuple[str, ...] = ()
+    """Endings of names that are left out."""
+    digits: int = 1
+    """Decimals of a marked best."""
 
 
 PANELS = (
+    Panel(
+        "Reward",
+        "mean of the completions",
+        ("reward/total", "reward/"),
+        smooth=True,
+        without=("_std", "zero_spread"),
+    ),
+    Panel(
+        "Validation reward",
+        "mean of the answers",
+        ("eval/reward", "eval/reward/"),
+        mark_best=("eval/reward",),
+        digits=3,
+    ),
+    Panel("Groups without spread", "share of groups", ("reward/zero_spread",), smooth=True, from_zero=True),
+    Panel("KL from the start", "nats a token", ("train/kl",), smooth=True, from_zero=True),
+    Panel("Entropy", "nats a token", ("train/entropy",), smooth=True, from_zero=True),
+    Panel("Completion length", "tokens, mean", ("train/completions/mean_length",), smooth=True, from_zero=True),
     Panel("Training loss", "loss", ("train/loss",), smooth=True),
     Panel("Learning rate", "per parameter group", ("train/learning_rate/",), from_zero=True, log_if_apart=True),
     Panel(
@@ -169,8 +191,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel] = 
     filled = [(panel, lines) for panel in panels if (lines := _panel_series(records, panel))]
     if not filled:
         return None
-    columns = len(filled) if len(filled) <= 3 else math.ceil(len(filled) / 2)
-    rows = math.ceil(len(filled) / columns)
+    rows = 1 if len(filled) <= 3 else 2 if len(filled) <= 8 else 3
+    columns = math.ceil(len(filled) / rows)
     figure = Figure(figsize=(5.0 * columns, 3.7 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
@@ -203,7 +225,8 @@ def _panel_series(records: Sequence[Mapping[str, Any]], panel: Panel) -> list[Se
     names: list[str] = []
     for metric in panel.metrics:
         names += [name for name in found if name == metric or (metric.endswith("/") and name.startswith(metric))]
-    return [line for name in names if (line := _series(records, name)).steps]
+    shown = [name for name in dict.fromkeys(names) if not (panel.without and name.endswith(panel.without))]
+    return [line for name in shown if (line := _series(records, name)).steps]
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> Series:
@@ -220,7 +243,10 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Series]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     for index, line in enumerate(lines):
-        _draw_series(axes, panel, line, index, label=_label(panel, line, lines))
+        is_covering = any(line.values == other.values for other in lines[:index])  # dashes let the other show through
+        dashes = (0, (3, 2)) if is_covering else "-"
+        colour = CYCLE[index % len(CYCLE)]
+        _draw_series(axes, panel, line, label=_label(panel, line, lines), color=colour, linestyle=dashes)
     axes.margins(y=0.1)
     highest = max(max(line.values) for line in lines)
     if panel.log_if_apart and _are_apart(lines):
@@ -231,25 +257,23 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Series]) -> None:
         axes.legend(fontsize=10.5, loc="best", labelcolor=INK)
 
 
-def _draw_series(axes: Axes, panel: Panel, line: Series, index: int, label: str) -> None:
-    colour = CYCLE[index % len(CYCLE)]
-    dashes = (0, (3, 2)) if panel.log_if_apart and index % 2 else "-"  # groups with one rate lie on each other
+def _draw_series(axes: Axes, panel: Panel, line: Series, **look: Any) -> None:
     if panel.smooth and len(line.steps) > 20:
-        axes.plot(line.steps, line.values, color=colour, alpha=0.3, linewidth=1.0, label="_raw")
-        axes.plot(line.steps, smoothed(line.values), color=colour, label=label)
+        axes.plot(line.steps, line.values, color=look["color"], alpha=0.3, linewidth=1.0, label="_raw")
+        axes.plot(line.steps, smoothed(line.values), **look)
     else:
-        marker = "o" if len(line.steps) <= 25 else ""
-        axes.plot(line.steps, line.values, color=colour, label=label, marker=marker, markersize=5, linestyle=dashes)
+        axes.plot(line.steps, line.values, marker="o" if len(line.steps) <= 25 else "", markersize=5, **look)
     if line.name in panel.mark_best:
         step, value = _best(line)
-        axes.plot([step], [value], marker="*", markersize=16, color=colour, markeredgecolor="white", zorder=5)
+        star = {"markersize": 16, "color": look["color"], "markeredgecolor": "white", "zorder": 5}
+        axes.plot([step], [value], marker="*", **star)
 
 
 def _label(panel: Panel, line: Series, lines: Sequence[Series]) -> str:
     label = line.name.rsplit("/", 1)[-1].replace("_", " ")
     if line.name in panel.mark_best:
         step, value = _best(line)
-        return f"{label}, best {value:.1f} at step {step:,}"
+        return f"{label}, best {value:.{panel.digits}f} at step {step:,}"
     frozen = panel.log_if_apart and not any(line.values) and any(any(other.values) for other in lines)
     return f"{label} (frozen)" if frozen else label
 

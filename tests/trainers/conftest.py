@@ -84,35 +84,6 @@ def trainer_for(tmp_path: Path) -> Callable[..., VideoSFTTrainer]:
 RL_CONFIGS = [REPO_ROOT / "configs/demo/rl_config.yaml", REPO_ROOT / "configs/demo/video_config.yaml"]
 
 
-@pytest.fixture(scope="session")
-def answering_model(tiny_model: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full checkpoint that has learnt to answer in windows, if not the right ones: something to reward."""
-    folder = tmp_path_factory.mktemp("answering")
-    overrides = [
-        f"model.name_or_path={tiny_model}",
-        *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val")),
-        "training.per_device_train_batch_size=16",
-        "training.max_steps=40",
-        "training.dataloader_num_workers=0",
-        "training.eval_strategy=no",
-        "training.save_strategy=no",
-        "training.disable_tqdm=true",
-        "training.use_cpu=true",
-        "training.report_to=none",
-    ]
-    config = load_config(SFTConfig, DEMO_CONFIGS, overrides)
-    seed_everything(0)
-    processor = load_processor(resolve_source(str(tiny_model)))
-    train_set = VideoTemporalDataset(config.data, processor, config.prompt)
-    rates = LearningRates.from_training(config.training)
-    policy = load_policy(config.model, config.lora, rates)
-    contract = PromptContract.current(config.prompt, config.data)
-    args: Any = config.training.to_training_arguments(output_dir=folder)
-    trainer = VideoSFTTrainer(policy, train_set, None, args, TrainingSetup.from_config(config, rates, contract, None))
-    trainer.train()
-    return trainer.save_named("checkpoint-final")
-
-
 @pytest.fixture
 def rl_config_with(answering_model: Path, demo_data: Path, tmp_path: Path) -> Callable[..., RLConfig]:
     """`rl_config_with("training.max_steps=3", ...)`: the demo's GRPO, small: 2 prompts x 4 completions a step."""

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from utils.common import REPO_ROOT, UserError
-from utils.curves import draw_curves, figure_style, plot_curves, save_figure, smoothed
+from utils.curves import Panel, draw_curves, figure_style, plot_curves, save_figure, smoothed
 from utils.logging_utils import MetricsWriter
 
 
@@ -65,6 +65,67 @@ def test_every_panel_with_its_values():
     assert {axes.get_xlim() for axes in figure.axes} == {panel(figure, "Validation").get_xlim()}
 
 
+def grpo_records(count=30):
+    """What `trainers.callbacks.slash_names` makes of a GRPO run with two rewards."""
+    result = []
+    for step in range(1, count + 1):
+        record = {
+            "step": step,
+            "train/loss": 0.0,
+            "train/kl": 0.001 * step,
+            "train/entropy": 0.2,
+            "train/completions/mean_length": 14.0,
+            "reward/temporal_iou": step / 100,
+            "reward/temporal_iou_std": 0.3,
+            "reward/temporal_iou_zero_spread": 0.1,
+            "reward/format": 0.9,
+            "reward/total": step / 100 + 0.09,
+            "reward/total_std": 0.3,
+            "reward/zero_spread": 0.05,
+        }
+        if step % 10 == 0:
+            record |= {
+                "eval/mIoU": 50.0,
+                "eval/reward": 0.4 + step / 1000,
+                "eval/reward/temporal_iou": 0.4 + step / 1000,
+            }
+        result.append(record)
+    return result
+
+
+def test_a_grpo_run_begins_with_its_rewards():
+    figure = draw(grpo_records())
+    assert titles(figure) == [
+        "Reward", "Validation reward", "Groups without spread", "KL from the start", "Entropy", "Completion length",
+        "Training loss", "Validation",
+    ]  # fmt: skip
+    rewards = panel(figure, "Reward")
+    assert legend(rewards) == ["total", "temporal iou", "format"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in rewards.lines if line.get_label() != "_raw"}
+    assert lines["total"] == pytest.approx(smoothed([step / 100 + 0.09 for step in range(1, 31)]))
+    assert lines["format"] == pytest.approx([0.9] * 30)
+    assert list(panel(figure, "KL from the start").lines[0].get_ydata()) == pytest.approx(
+        [0.001 * step for step in range(1, 31)]
+    )
+
+
+def test_a_line_on_another_is_dashed():
+    """A single reward of weight 1 is the total: both must be seen."""
+    axes = panel(draw(grpo_records()), "Validation reward")
+    assert legend(axes) == ["reward, best 0.430 at step 30", "temporal iou"]
+    total, component = (line for line in axes.lines if line.get_marker() == "o")
+    assert list(total.get_ydata()) == list(component.get_ydata()) == pytest.approx([0.41, 0.42, 0.43])
+    assert (total.get_linestyle(), component.get_linestyle()) == ("-", "--")
+
+
+@pytest.mark.parametrize(("num_panels", "rows"), [(3, 1), (6, 2), (8, 2), (12, 3)])
+def test_panels_stand_in_rows(num_panels, rows):
+    many = [Panel(f"panel {index}", "", (f"train/{index}",)) for index in range(num_panels)]
+    figure = draw_curves([{"step": 1} | {f"train/{index}": 1.0 for index in range(num_panels)}], many)
+    grid = figure.axes[0].get_gridspec()
+    assert (grid.nrows, len(figure.axes)) == (rows, num_panels)
+
+
 def test_learning_rates_far_apart_share_a_logarithmic_axis():
     axes = panel(draw(records()), "Learning rate")
     assert axes.get_yscale() == "log"
@@ -107,7 +168,7 @@ def test_nothing_to_plot_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "m.jsonl"
     with MetricsWriter(path, "r") as writer:
         writer.write(1, {"train/other": 1.0})
-    with pytest.raises(UserError, match=r"m\.jsonl holds nothing to plot; looked for train/loss"):
+    with pytest.raises(UserError, match=r"m\.jsonl holds nothing to plot; looked for reward/total"):
         plot_curves(path, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
