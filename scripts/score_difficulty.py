@@ -40,16 +40,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig  # noqa: E402
 
-from datasets.encoding import Sample  # noqa: E402
 from datasets.video_dataset import VideoTemporalDataset  # noqa: E402
+from inference.sampling import plain_sampling, sample_texts  # noqa: E402
 from inference.video_infer import DEFAULT_NEW_TOKENS, THINKING_NEW_TOKENS  # noqa: E402
 from trainers.callbacks import FaultCounter  # noqa: E402
-from trainers.generation import vision_token_ids  # noqa: E402
 from trainers.model import Policy, WeightSource, load_for_inference, load_processor, resolve_source  # noqa: E402
-from trainers.rollout_batches import is_fault, until_end  # noqa: E402
-from trainers.shared_prefix import make_prompt, sample_shared  # noqa: E402
+from trainers.rollout_batches import is_fault  # noqa: E402
 from utils.config import AnnotationSource, DataFile, SelectConfig, load_config  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.metrics import sample_scores  # noqa: E402
@@ -274,17 +271,20 @@ def score_rows(policy: Policy, dataset: VideoTemporalDataset, progress: Progress
     batches = batches_to_score(dataset.rows, progress.ious, args.batch_size)
     num_labelled, num_left = sum(row.timestamp is not None for row in dataset.rows), sum(map(len, batches))
     faults = FaultCounter(len(dataset.rows), dataset.data.max_bad_fraction)
-    generation = generation_config(policy, dataset, args)
+    default = THINKING_NEW_TOKENS if dataset.prompt.thinking else DEFAULT_NEW_TOKENS
+    sampling = plain_sampling(policy, temperature=args.temperature, max_new_tokens=args.max_new_tokens or default)
     loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.num_workers)
     with tqdm(total=num_labelled, initial=num_labelled - num_left, desc="scoring", unit="row") as bar:
         for samples in loader:
             faults.add([(sample["index"], sample["fault"]) for sample in samples if is_fault(sample)])
-            good = [sample["index"] for sample in samples if not is_fault(sample)]
-            texts = sample_texts(policy, [sample for sample in samples if not is_fault(sample)], generation, args)
+            good = [sample for sample in samples if not is_fault(sample)]
+            if good:
+                torch.manual_seed(args.seed * 1_000_003 + good[0]["index"])  # of the batch, not of the whole run
+            texts = sample_texts(policy, good, args.num_samples, sampling)
             progress.add(
                 {
-                    dataset.rows[index].line: [answer_score(dataset, index, text) for text in answers]
-                    for index, answers in zip(good, texts, strict=True)
+                    dataset.rows[sample["index"]].line: [answer_score(dataset, sample["index"], t) for t in answers]
+                    for sample, answers in zip(good, texts, strict=True)
                 }
             )
             bar.update(len(samples))
@@ -299,40 +299,6 @@ def batches_to_score(rows: Sequence[Row], done: Ious, size: int) -> list[list[in
     batches = [labelled[start : start + size] for start in range(0, len(labelled), size)]
     left = [[index for index in batch if rows[index].line not in done] for batch in batches]
     return [batch for batch in left if batch]
-
-
-def generation_config(policy: Policy, dataset: VideoTemporalDataset, args: argparse.Namespace) -> GenerationConfig:
-    """Plain sampling at the temperature, as GRPO samples; the checkpoint's own top_k and the like do not count."""
-    tokenizer = policy.processor.tokenizer
-    default = THINKING_NEW_TOKENS if dataset.prompt.thinking else DEFAULT_NEW_TOKENS
-    return GenerationConfig(
-        max_new_tokens=args.max_new_tokens or default,
-        do_sample=True,
-        temperature=args.temperature,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        # a generated vision token would ask for pixels that nobody has
-        suppress_tokens=vision_token_ids(policy.processor),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        disable_compile=True,
-    )
-
-
-def sample_texts(
-    policy: Policy, samples: Sequence[Sample], generation: GenerationConfig, args: argparse.Namespace
-) -> list[list[str]]:
-    """`num_samples` answers to each prompt; its video is computed once. Seeded by the first row of the batch."""
-    if not samples:
-        return []
-    torch.manual_seed(args.seed * 1_000_003 + samples[0]["index"])
-    tokenizer = policy.processor.tokenizer
-    prompts = [make_prompt(policy.model, sample) for sample in samples]
-    ids = sample_shared(policy.model, prompts, args.num_samples, generation, tokenizer.pad_token_id).tolist()
-    answers = [until_end(row, [tokenizer.eos_token_id]) for row in ids]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [texts[start : start + args.num_samples] for start in range(0, len(texts), args.num_samples)]
 
 
 def answer_score(dataset: VideoTemporalDataset, index: int, text: str) -> float:

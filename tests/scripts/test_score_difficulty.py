@@ -16,8 +16,16 @@ import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from scripts import score_difficulty
-from scripts.score_difficulty import contract_as_overrides, flat_share, main, name_of, parse_args, question_of
+import inference.sampling
+from scripts.score_difficulty import (
+    contract_as_overrides,
+    flat_share,
+    main,
+    name_of,
+    parse_args,
+    question_of,
+    with_score,
+)
 from trainers.model import load_processor, resolve_source
 from utils.common import REPO_ROOT, UserError
 from utils.config import DataFile, SelectConfig, load_config
@@ -72,7 +80,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Callable[[Call
             rows = [torch.tensor(row) for row in ids]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
 
-        monkeypatch.setattr(score_difficulty, "sample_shared", sample)
+        monkeypatch.setattr(inference.sampling, "sample_shared", sample)
         return calls
 
     return give
@@ -288,7 +296,7 @@ def test_the_models_name_follows_its_weights(checkpoint: Path, tmp_path: Path) -
 def rows_of_ious(ious: np.ndarray) -> list[Row]:
     """(N, G) IoUs of sampled answers."""
     row = Row("v.mp4", 8.0, (), "it moves", None, None, {}, "rows.jsonl", 1)
-    return [score_difficulty.with_score(replace(row, line=line), list(values), "m") for line, values in enumerate(ious)]
+    return [with_score(replace(row, line=line), list(values), "m") for line, values in enumerate(ious)]
 
 
 def test_the_drawn_rows_have_fewer_groups_without_spread_than_all_rows() -> None:
