@@ -34,8 +34,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -87,7 +88,7 @@ from utils.video import VideoClip  # noqa: E402
 HAS_TRL = importlib.util.find_spec("trl") is not None
 WAYS = ("shared", "unshared", "stock")
 PHASES = ("prefill", "decode", "score", "update")
-MEMORY_PHASES = ("rollout", "score", "update")
+PASSES = ("rollout", "score", "update")
 PACKAGES = ("torch", "transformers", "trl", "peft")
 SLOWER = 1.1
 """An unshared way slower than stock by more than this is no fair baseline; ratios are then given against stock."""
@@ -313,7 +314,7 @@ class OwnWay:
     """The project's two paths: `share` or not. Used as `VideoGRPOTrainer` uses them."""
 
     def __init__(self, work: Work, *, share: bool) -> None:
-        self.work, self.model, self.share = work, work.own, share
+        self.work, self.model, self.shares = work, work.own, share
         self.keeps_vision = share and vision_is_frozen(work.own)
         self.prompts = work.prompts
 
@@ -321,13 +322,13 @@ class OwnWay:
         """(rows, C) new tokens."""
         if self.keeps_vision:
             self.prompts = with_vision(self.model, self.work.prompts)
-        sample = sample_shared if self.share else sample_rows
+        sample = sample_shared if self.shares else sample_rows
         return sample(self.model, self.prompts, self.work.cell.generations, config, self.work.pad)
 
     def log_probs(self) -> Tensor:
         """(rows, C) of the completions."""
         completions = self.work.completions
-        packed = pack(self.prompts, completions) if self.share else rows(
+        packed = pack(self.prompts, completions) if self.shares else rows(
             self.prompts, completions, pad_token_id=self.work.pad
         )  # fmt: skip
         return packed.unpack(_scored(self.model, packed))
@@ -353,6 +354,8 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
 
 class StockWay:
     """TRL's scoring method on a stand-in for its trainer, and stock `generate`, both on images."""
+
+    shares = False
 
     def __init__(self, work: Work) -> None:
         from accelerate import Accelerator
@@ -393,11 +396,9 @@ def make_way(name: str, work: Work) -> Any:
 
 # ---------------------------------------------------------------------------------------------- phases
 def run_phase(way: Any, phase: str) -> Any:
-    """Do the work of a phase once. "decode" is the whole rollout; its prefill is taken off afterwards."""
+    """Do the work of one of `PASSES` once."""
     work: Work = way.work
-    if phase == "prefill":
-        return way.rollout(work.generation(1))
-    if phase in ("decode", "rollout"):
+    if phase == "rollout":
         return way.rollout(work.generation(work.cell.completion_tokens))
     if phase == "update":
         return update(way)
@@ -433,17 +434,44 @@ def _wait(device: str) -> None:
 def measure_times(ways: Mapping[str, Any], cell: Cell) -> dict[str, dict[str, float]]:
     """Median seconds of every way and phase; the ways take turns within each repeat. Warm them up first."""
     taken: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in ways}
-    for phase in PHASES * cell.repeats:
+    for name_of_pass in PASSES * cell.repeats:
         for name, way in ways.items():
-            taken[name][phase].append(seconds(cell.device, partial(run_phase, way, phase)))
-    return {name: _medians(phases) for name, phases in taken.items()}
+            for phase, elapsed in _timed(way, name_of_pass).items():
+                taken[name][phase].append(elapsed)
+    medians = {name: {key: statistics.median(values) for key, values in found.items()} for name, found in taken.items()}
+    return {name: found | {"step": sum(found.values())} for name, found in medians.items()}
 
 
-def _medians(phases: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    found = {phase: statistics.median(values) for phase, values in phases.items()}
-    rollout = found["decode"]
-    found["decode"] = max(0.0, rollout - found["prefill"])
-    return found | {"step": rollout + found["score"] + found["update"]}
+def _timed(way: Any, name: str) -> dict[str, float]:
+    """Seconds of one pass by phase: a rollout is split at its first token."""
+    call = partial(run_phase, way, name)
+    if name != "rollout":
+        return {name: seconds(way.work.cell.device, call)}
+    with _first_token(way) as moments:
+        start = time.perf_counter()
+        whole = seconds(way.work.cell.device, call)
+    prefill = moments[0] - start
+    return {"prefill": prefill, "decode": whole - prefill}
+
+
+@contextmanager
+def _first_token(way: Any) -> Iterator[list[float]]:
+    """Gives the moment when a rollout knows the logits of its first tokens, as the list's one element.
+
+    Sharing takes a second pass for it, over the prompt's last token on all rows.
+    """
+    passes, moments = 0, []
+
+    def mark(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == (2 if way.shares else 1):
+            _wait(way.work.cell.device)
+            moments.append(time.perf_counter())
+
+    handle = way.model.get_output_embeddings().register_forward_hook(mark)
+    yield moments
+    handle.remove()
 
 
 def compare(ways: Mapping[str, Any]) -> dict[str, Any]:
@@ -481,7 +509,7 @@ def peak_memory(cell: Cell, ways: Mapping[str, Any]) -> dict[str, dict[str, floa
     else and hands freed memory back at once; freed memory that the allocator keeps would hide a peak.
     """
     if cell.device == "cuda":
-        return {name: {phase: _cuda_peak(way, phase) for phase in MEMORY_PHASES} for name, way in ways.items()}
+        return {name: {phase: _cuda_peak(way, phase) for phase in PASSES} for name, way in ways.items()}
     if sys.platform != "linux":
         return None
     found = {}
@@ -511,8 +539,8 @@ def _resident_peaks(cell: Cell, name: str) -> dict[str, float]:
     for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: memory goes back when it is freed
         library.mallopt(option, 1 << 16)
     way = make_way(name, Work(cell))
-    run_phase(way, "score")  # a first pass makes what stays
-    return {phase: _resident_peak(way, phase) for phase in MEMORY_PHASES}
+    run_phase(way, "score")  # what a first pass makes and keeps is no peak
+    return {phase: _resident_peak(way, phase) for phase in PASSES}
 
 
 def _resident_peak(way: Any, phase: str) -> float:
@@ -642,7 +670,7 @@ def table(record: Mapping[str, Any]) -> str:
         lines.append(f"{phase if phase != 'step' else 'whole step':<12}{cells}{record[f'{phase}_ratio']:>17.2f}x")
     if record["peak_mib"]:
         lines += ["", "peak memory above what was in use before the phase:"]
-        lines += [_memory_line(record, names, phase) for phase in MEMORY_PHASES]
+        lines += [_memory_line(record, names, phase) for phase in PASSES]
     return "\n".join([*lines, "", *_notes(record, names)])
 
 

@@ -43,7 +43,7 @@ launch() {
     fi
     set -- --config "$config" --data_config "$data_config" --output_dir "$output_dir" \
         ${sft_checkpoint:+--model_path "$sft_checkpoint"} ${rest[@]+"${rest[@]}"}
-    if [ "$num_gpus" -eq 1 ]; then
+    if [ "$num_gpus" -eq 1 ] && [[ " $* " != *" --deepspeed"[\ =]* ]]; then  # DeepSpeed needs a launcher for one too
         exec "$python" "$entry" "$@"
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

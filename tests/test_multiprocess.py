@@ -168,7 +168,7 @@ def test_two_processes_step_as_one_with_double_accumulation(grpo: Callable[..., 
     the weights move by the gradient itself."""
     options = [
         "training.top_k=1", "training.temperature=1", "training.ground_truth_rollout=true", "training.max_steps=1",
-        "training.optim=sgd", "training.learning_rate=1", "training.max_grad_norm=0",
+        "training.optim=sgd", "training.learning_rate=10", "training.max_grad_norm=0",
     ]  # fmt: skip
     two = grpo("two", 2, *BARE, *options)
     one = grpo("one", 1, *BARE, *options, "training.gradient_accumulation_steps=4")
