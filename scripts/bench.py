@@ -15,7 +15,8 @@ A whole step is rollout (prefill and decode), one pass without gradient (the ref
 backward). Left out, since all three share it: decoding the video, rewards and the optimizer. The last line of the
 output is one line of JSON.
 
-Without TRL the stock way is skipped, and log-probabilities come from the logits of the completions' positions.
+Without TRL the stock way is skipped, and log-probabilities come from the logits of the completions' positions. What
+stays needed beside torch, transformers, peft and matplotlib is `datasets` and `pydantic`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ shape. In every other case the adapter goes on training, and nothing here is use
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,12 +18,14 @@ import torch
 from trainers.model import ADAPTER_CONFIG, WeightSource, load_adapter, load_base, load_processor, resolve_source
 from trainers.parts import LearningRates
 from utils.checkpoints import manifest_problems, replace_folder, saving, write_manifest
-from utils.common import UserError
+from utils.common import UserError, write_json
 from utils.config import LoraConfig, ModelConfig
 from utils.logging_utils import get_logger, is_rank_zero
 
 MERGED = "merged_base"
 """Folder in the run's output folder that holds the merged weights."""
+ORIGIN_FILE = "merged_from.json"
+"""Names the adapter that was merged, inside that folder."""
 _WAIT_S = 4 * 3600
 
 
@@ -61,7 +64,9 @@ def settle_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates, out
     """The model section to load for GRPO: as it is, or with the adapter merged into `output_dir/merged_base`.
 
     Call it before any DeepSpeed configuration is alive: under ZeRO-3 the weights would have no elements. Rank 0 merges
-    on the CPU, the other ranks wait. A merge that is complete is used again.
+    on the CPU, the other ranks wait. A merge that is complete is used again, if it is of the same adapter.
+
+    Raises UserError when the folder holds the merge of another adapter: checkpoints of an earlier run may rest on it.
     """
     source = resolve_source(model.name_or_path)
     reason = merge_reason(source.adapter, lora, rates) if source.adapter else None
@@ -72,6 +77,8 @@ def settle_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates, out
         if manifest_problems(target):
             get_logger().info("merging %s into its base weights: %s", source.adapter, reason)
             merge(source, model, target)
+        else:
+            _require_same_adapter(source, target)
     else:
         _wait_for(target)
     return model.model_copy(update={"name_or_path": str(target), "vision_tower": None})
@@ -102,8 +109,28 @@ def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
         load_processor(source).save_pretrained(unfinished)
         if source.contract is not None:
             source.contract.save(unfinished)
+        write_json(unfinished / ORIGIN_FILE, {"adapter": str(source.adapter), "sha256": _digest(source.adapter)})
     write_manifest(unfinished)
     replace_folder(unfinished, target)
+
+
+def _digest(adapter: Path) -> str:
+    """Of the adapter's weights: a later run may have left others under the same name."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("adapter_model*")):
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _require_same_adapter(source: WeightSource, target: Path) -> None:
+    assert source.adapter is not None
+    origin = json.loads((target / ORIGIN_FILE).read_text(encoding="utf-8"))
+    if origin["sha256"] != _digest(source.adapter):
+        raise UserError(
+            f"{target} was merged from other weights ({origin['adapter']}) than those of {source.adapter}. Choose "
+            "another --output_dir, or remove that folder if no checkpoint of the earlier run is needed"
+        )
 
 
 def _wait_for(target: Path) -> None:

@@ -308,7 +308,7 @@ def settle_reference(model: Any) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         if ".ref." in name:
-            parameter.data.copy_(parameters[name.replace(".ref.", ".default.")].data)
+            parameter.data = parameters[name.replace(".ref.", ".default.")].data.clone()  # its dtype too
             parameter.requires_grad_(False)
 
 

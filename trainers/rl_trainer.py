@@ -7,6 +7,7 @@ micro-batch, rewards from `rewards`, held-out validation, exact resume, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,9 +199,9 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
         """TRL's, with the prompts kept for scoring, and rows whose video could not be read left out of the loss."""
         self._table = inputs
         output = super()._generate_and_score_completions(inputs)
-        groups = torch.arange(len(self._prompts)).repeat_interleave(self.num_generations)
-        output["group_id"] = groups.to(output["completion_ids"].device)
-        good = ~torch.tensor(self._faulty, device=groups.device).to(output["advantages"].device)
+        device = output["completion_ids"].device
+        output["row_id"] = torch.arange(len(inputs), device=device)
+        good = ~torch.tensor(self._faulty, device=device)
         output["advantages"] = output["advantages"] * good
         output["completion_mask"] = output["completion_mask"] * good[:, None]
         output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
@@ -266,9 +267,9 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
     # ------------------------------------------------------------------ scoring
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on the micro-batch, whose groups are scored from their prompts."""
-        groups = inputs["group_id"][:: self.num_generations].tolist()
-        self._active = [self._prompts[group] for group in groups]
-        self.speed.add(len(inputs["group_id"]), int(inputs["completion_mask"].sum()))
+        first_rows = inputs["row_id"][:: self.num_generations].tolist()
+        self._active = [self._prompts[row // self.num_generations] for row in first_rows]
+        self.speed.add(len(inputs["row_id"]), int(inputs["completion_mask"].sum()))
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -446,6 +447,8 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
         """As before; TRL tells a validation's record from the model's mode, and would else drain training's into it."""
         was_training = self.model.training
         self.model.train(was_training and not any(key.startswith("eval_") for key in logs))
+        for key in [key for key, values in self._metrics["train"].items() if all(map(math.isnan, values))]:
+            del self._metrics["train"][key]  # a batch of faults has no mean: TRL would record None, trackers complain
         try:
             super().log(logs, start_time)
         finally:
@@ -454,8 +457,9 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
     # ------------------------------------------------------------------ checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the frozen reference: it is the checkpoint that the run began with."""
+        weights = self.model.state_dict() if state_dict is None else state_dict
         with without_reference(self.model):
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, {name: value for name, value in weights.items() if ".ref." not in name})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None here: a model card is written when the model is published."""

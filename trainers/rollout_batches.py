@@ -48,16 +48,15 @@ class ScoredRows:
 
 
 def regroup(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Micro-batches of rows in any order -> as many of whole groups, in the order in which groups were first met.
+    """Micro-batches of rows in any order -> as many with the rows as they were sampled, and so of whole groups.
 
-    Each batch holds tensors with one row per completion, among them `group_id`, and scalars alike in all.
+    Each batch holds tensors with one row per completion, among them `row_id`, and scalars alike in all. A micro-batch
+    is then the same sequence in every pass, so that in bf16 too the KL begins at exactly 0, the policy's ratio at 1.
     """
     whole = {
         key: torch.cat([batch[key] for batch in batches]) if value.ndim else value for key, value in batches[0].items()
     }
-    met = list(dict.fromkeys(whole["group_id"].tolist()))
-    rank = torch.tensor([met.index(group) for group in whole["group_id"].tolist()])
-    order = rank.argsort(stable=True).to(whole["group_id"].device)
+    order = whole["row_id"].argsort()
     size = len(order) // len(batches)
     return [
         {key: value[order[i * size : (i + 1) * size]] if value.ndim else value for key, value in whole.items()}

@@ -144,13 +144,13 @@ def test_accumulating_2x4_equals_1x8(rl_config_with: ConfigWith, rl_trainer_for:
 def test_micro_batches_hold_whole_groups() -> None:
     """Rows shuffled over two micro-batches come back group by group, each row with all its columns."""
     rows = torch.tensor([5, 0, 3, 6, 1, 7, 2, 4])
-    columns = {"group_id": rows // 4, "advantages": rows * 10.0, "completion_ids": rows[:, None].repeat(1, 3)}
+    columns = {"row_id": rows, "advantages": rows * 10.0, "completion_ids": rows[:, None].repeat(1, 3)}
     shuffled = [{key: value[i : i + 4] for key, value in columns.items()} for i in (0, 4)]
     shuffled = [batch | {"num_items_in_batch": torch.tensor(24)} for batch in shuffled]
     first, second = regroup(shuffled)
-    assert first["group_id"].tolist() == [1] * 4 and second["group_id"].tolist() == [0] * 4
-    assert first["advantages"].tolist() == [50, 60, 70, 40]
-    assert second["completion_ids"][:, 0].tolist() == [0, 3, 1, 2]
+    assert first["row_id"].tolist() == [0, 1, 2, 3] and second["row_id"].tolist() == [4, 5, 6, 7]
+    assert first["advantages"].tolist() == [0, 10, 20, 30]
+    assert second["completion_ids"][:, 0].tolist() == [4, 5, 6, 7]
     assert int(first["num_items_in_batch"]) == 24
 
 

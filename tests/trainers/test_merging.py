@@ -1,0 +1,60 @@
+"""When the start of GRPO is merged weights, and from which adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainers.merging import MERGED, plan_start, settle_start
+from trainers.parts import LearningRates
+from utils.checkpoints import manifest_problems
+from utils.common import REPO_ROOT, UserError
+from utils.config import LoraConfig, ModelConfig, RLConfig, load_config
+
+RATES = LearningRates(1e-4, 0.0, 0.0, 0.0)
+FULL = LoraConfig(enabled=False)
+
+
+@pytest.fixture
+def start(answering_adapter: Path, tmp_path: Path) -> ModelConfig:
+    """A copy of an SFT adapter, to be changed."""
+    shutil.copytree(answering_adapter, tmp_path / "adapter")
+    return ModelConfig(name_or_path=str(tmp_path / "adapter"), torch_dtype="float32", attn_implementation="sdpa")
+
+
+def test_the_same_shape_goes_on_with_the_adapter(start: ModelConfig, tmp_path: Path) -> None:
+    same = load_config(RLConfig, [REPO_ROOT / "configs/demo/rl_config.yaml"]).lora
+    assert settle_start(start, same, RATES, tmp_path) is start
+    assert plan_start(start, same, RATES) is start
+    assert not (tmp_path / MERGED).exists()
+
+
+def test_a_merge_is_made_once(start: ModelConfig, tmp_path: Path) -> None:
+    merged = settle_start(start, FULL, RATES, tmp_path)
+    assert merged.name_or_path == str(tmp_path / MERGED) and manifest_problems(tmp_path / MERGED) == []
+    weights = tmp_path / MERGED / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert settle_start(start, FULL, RATES, tmp_path) == merged
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_a_merge_of_other_weights_is_never_used(start: ModelConfig, tmp_path: Path) -> None:
+    """As when SFT was run again into the folder that --model_path names."""
+    settle_start(start, FULL, RATES, tmp_path)
+    before = load_file(tmp_path / MERGED / "model.safetensors")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"merged_base was merged from other weights .* another --output_dir"):
+        settle_start(start, FULL, RATES, tmp_path)
+    after = load_file(tmp_path / MERGED / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_plan_merges_nothing(start: ModelConfig, answering_model: Path, tmp_path: Path) -> None:
+    planned = plan_start(start, FULL, RATES)
+    assert planned.name_or_path == str(answering_model)
+    assert not (tmp_path / MERGED).exists()
