@@ -5,6 +5,7 @@
 Every video is drawn from (seed, split, index) alone: a larger set begins with the smaller one, the same command gives
 the same bytes, and an interrupted set is completed. Windows are drawn alike for every shape, whatever its colour and
 form, so that only the pixels tell when a shape is on. What an answer without pixels can reach is printed at the end.
+Level "imprecise" has the videos of "easy" under training labels whose ends are off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -84,6 +85,9 @@ class Level:
     """Standard deviation of the noise on every pixel value, of 255."""
     absent_share: float
     """Chance that a video has one more query, about a shape that is not in it."""
+    label_noise_s: float = 0.0
+    """Both ends of a training label are off by up to this much, uniformly, as an imprecise annotator's would be.
+    Validation and test labels are exact: they tell whether a model found the event or copies its annotator."""
 
 
 LEVELS: dict[str, Level] = {
@@ -91,6 +95,7 @@ LEVELS: dict[str, Level] = {
     "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 0.25, 1, 1, 0.7, 0, 6, 0),
     "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 0.125, 2, 1, 0.5, 12, 12, 0.5),
 }
+LEVELS["imprecise"] = replace(LEVELS["easy"], label_noise_s=1.5)
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,20 @@ def scene_rows(scene: Scene, video: str, qid: str, level: str, path: Path) -> li
     ]
 
 
+def imprecise(row: Row, noise_s: float, rng: random.Random) -> Row:
+    """The row as an annotator leaves it whose ends are off by up to `noise_s`: tenths of a second, inside the video,
+    at least half a second long."""
+
+    def off(window: Span) -> Span:
+        while True:
+            start, end = (round(edge + rng.uniform(-noise_s, noise_s), 1) for edge in window)
+            start, end = max(start, 0.0), min(end, row.duration)
+            if end - start >= 0.5:
+                return Span(start, end)
+
+    return replace(row, timestamp=tuple(sorted(map(off, row.timestamp or ()))))
+
+
 @dataclass(frozen=True)
 class ConstantBaselines:
     """Mean IoU over all rows of answers that look at no pixel. Windows are shares of the video's duration."""
@@ -330,7 +349,11 @@ def make_demo_data(
     for split, index in [(name, index) for name, count in counts.items() for index in range(count)]:
         video = f"videos/{split}/{index:06d}.mp4"
         scene = draw_scene(LEVELS[level], seed, split, index)
-        rows[split] += scene_rows(scene, video, f"{split}-{index:06d}", level, annotations[split])
+        drawn = scene_rows(scene, video, f"{split}-{index:06d}", level, annotations[split])
+        if split == "train" and (noise_s := LEVELS[level].label_noise_s):
+            rng = random.Random(f"{seed}/{split}/{index}/labels")
+            drawn = [imprecise(row, noise_s, rng) for row in drawn]
+        rows[split] += drawn
         if not _is_written(folder / video):
             missing.append((folder / video, level, seed, split, index))
     for _ in tqdm(_write_videos(missing, workers), total=len(missing), unit="video", disable=not progress):

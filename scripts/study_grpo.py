@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; a.b=c overrides a key of the GRPO run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--level", choices=LEVELS, default="easy", help="difficulty of the data (default %(default)s)")
+    parser.add_argument("--level", choices=LEVELS, default="imprecise", help="kind of data (default %(default)s)")
     parser.add_argument("--num_train", type=int, default=3000, help="training videos (default %(default)s)")
     parser.add_argument("--num_test", type=int, default=600, help="held-out videos (default %(default)s)")
     parser.add_argument("--sft_steps", type=int, default=1200, help="updates of SFT (default %(default)s)")

@@ -1,8 +1,9 @@
 """A prompt with its video, computed once for all completions that share it. Exact, not approximate (contract 9).
 
 Scoring packs `[prompt, c1 .. cG]` into one sequence: the vision tower and the prompt run once, every completion attends
-to the prompt and to itself. Sampling prefills the prompt once and expands the key/value cache to G rows. The plain
-row-by-row path (`rows`, `sample_rows`) stays beside it, with the same inputs and the same outputs.
+to the prompt and to itself. Sampling prefills the prompt once, and its G rows share that cache
+(`trainers.prefix_cache`). The plain row-by-row path (`rows`, `sample_rows`) stays beside it, with the same inputs and
+the same outputs.
 
 Owns packing, its attention, and generation from a shared prefill. Leaves the output head and the loss to the callers:
 `Packed.columns` says at which positions hidden states are read, `Packed.targets` which tokens they predict.
@@ -23,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, eager_attention_forward
 
 from trainers.generation import reset_rope
+from trainers.prefix_cache import CachedPrefix, SharedPrefixCache
 
 PREFIX = "shared_prefix_"
 """Name of the attention that understands `PrefixLayout`, before the name of the one it falls back to."""
@@ -219,7 +221,7 @@ def enable_shared_prefix(model: torch.nn.Module) -> None:
 
     The language model's attention is wrapped under a name of its own (the vision tower keeps its own); a call takes two
     keywords more: `prefix_layout`, and `gather_columns` (K,), which reduces the hidden states to those positions before
-    the output head. Calling it again changes nothing.
+    the output head. A `SharedPrefixCache` is taken as `past_key_values`. Calling it again changes nothing.
     """
     backbone = backbone_of(model)
     base = backbone.config.text_config._attn_implementation
@@ -234,15 +236,18 @@ def enable_shared_prefix(model: torch.nn.Module) -> None:
 
 
 class _PackedArguments:
-    """Carries the two keywords past the vision tower, which does not know them."""
+    """Carries the keywords past the vision tower, which does not know them."""
 
     def __init__(self) -> None:
-        self.layout: PrefixLayout | None = None
+        self.layout: PrefixLayout | CachedPrefix | None = None
         self.columns: Tensor | None = None
 
     def take(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(kwargs)
         self.layout, self.columns = kwargs.pop("prefix_layout", None), kwargs.pop("gather_columns", None)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, SharedPrefixCache):
+            self.layout = CachedPrefix.of(cache, kwargs.get("attention_mask"))
         return args, kwargs
 
     def give(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -266,13 +271,13 @@ def _prefix_attention(plain: Callable[..., Any]) -> Callable[..., Any]:
     causal = sdpa_attention_forward if plain is eager_attention_forward else plain  # eager wants a mask of P x P
 
     def attention(
-        module: torch.nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        prefix_layout: PrefixLayout | None = None,
+        prefix_layout: PrefixLayout | CachedPrefix | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query (1, heads, L, dim), key and value (1, kv_heads, L, dim) -> (1, L, heads, dim).
@@ -282,6 +287,8 @@ def _prefix_attention(plain: Callable[..., Any]) -> Callable[..., Any]:
         """
         if prefix_layout is None:
             return plain(module, query, key, value, attention_mask, **kwargs)
+        if isinstance(prefix_layout, CachedPrefix):
+            return prefix_layout.attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
         parts = []
         for (start, prefix, lengths), mask in zip(prefix_layout.groups, prefix_layout.masks, strict=True):
             middle, end = start + prefix, start + prefix + sum(lengths)
@@ -308,6 +315,7 @@ def sample_shared(model: Any, prompts: Sequence[Prompt], num: int, generation_co
     Returns:
         (B * num, C) new token ids, padded after the end.
     """
+    enable_shared_prefix(model)
     batch = _padded(prompts, pad_token_id)
     text = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)[None]
     positions = torch.cat([text, batch.pop("position_ids")])  # (4, B, P): `generate` wants the text's own first
@@ -316,13 +324,11 @@ def sample_shared(model: Any, prompts: Sequence[Prompt], num: int, generation_co
         output = model(
             **head, position_ids=positions[..., :-1], **_video_inputs(prompts), use_cache=True, logits_to_keep=1
         )
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(num)
         ids = model.generate(
             input_ids=batch["input_ids"].repeat_interleave(num, dim=0),
             attention_mask=batch["attention_mask"].repeat_interleave(num, dim=0),
             position_ids=positions.repeat_interleave(num, dim=1),
-            past_key_values=cache,
+            past_key_values=SharedPrefixCache(output.past_key_values),
             generation_config=generation_config,
         )
     finally:

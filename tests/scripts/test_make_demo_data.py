@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from scripts.make_demo_data import (
     all_sentences,
     best_constant_iou,
     draw_scene,
+    imprecise,
     make_demo_data,
     render,
     scene_rows,
@@ -181,7 +183,8 @@ def test_scenes_keep_to_their_level(level: str) -> None:
 
 
 def test_levels_get_harder() -> None:
-    sides = [(spec.side_px, spec.duration_s[1], spec.num_shapes[1], spec.num_static) for spec in LEVELS.values()]
+    levels = [LEVELS[name] for name in ("easy", "medium", "hard")]
+    sides = [(spec.side_px, spec.duration_s[1], spec.num_shapes[1], spec.num_static) for spec in levels]
     assert sides == sorted(sides) and len(set(sides)) == 3
 
 
@@ -226,6 +229,37 @@ def test_rows_of_a_scene() -> None:
     assert first == Row("v.mp4", 20, (Span(1, 2.5), Span(5, 5.5)), "a", None, None, first.kwargs, "t.jsonl", 0)
     assert first.kwargs == {"qid": "test-7-0", "level": "hard"}
     assert (second.timestamp, second.kwargs["qid"]) == ((), "test-7-1")
+
+
+def test_an_imprecise_annotator_errs_in_training_labels_alone(tmp_path: Path) -> None:
+    """The videos of the easy level; both ends of every training label within 1.5 s of the truth, uniformly."""
+    counts = {"num_train": 40, "num_val": 2, "num_test": 3}
+    exact = make_demo_data(tmp_path / "easy", level="easy", **counts, workers=1)
+    found = make_demo_data(tmp_path / "imprecise", level="imprecise", **counts, workers=1)
+    videos = [digests(folder / "videos") for folder in (tmp_path / "easy", tmp_path / "imprecise")]
+    assert videos[0] == videos[1]
+    for split in ("val", "test"):
+        assert [r.timestamp for r in found.rows[split]] == [r.timestamp for r in exact.rows[split]]
+    shifts = []
+    for noisy, true in zip(found.rows["train"], exact.rows["train"], strict=True):
+        assert noisy.timestamp and true.timestamp
+        (start, end), (true_start, true_end) = noisy.timestamp[0], true.timestamp[0]
+        assert 0 <= start <= end - 0.5 <= 7.5
+        shifts += [start - true_start, end - true_end]
+    assert max(map(abs, shifts)) <= 1.5 + 1e-9
+    assert np.std(shifts) == pytest.approx(1.5 / np.sqrt(3), abs=0.15)  # of a uniform error
+    again = make_demo_data(tmp_path / "imprecise", level="imprecise", **counts, workers=1)
+    assert again.rows == found.rows and again.num_written == 0
+
+
+def test_imprecise_labels_stay_inside_the_video() -> None:
+    """A window at an end of the video keeps to it; several windows stay in order; an absent event stays absent."""
+    rng = random.Random(0)
+    for _ in range(200):
+        windows = imprecise(row((Span(0, 1), Span(9, 10))), 2.0, rng).timestamp
+        assert windows is not None and list(windows) == sorted(windows)
+        assert all(0 <= start <= end - 0.5 <= 9.5 for start, end in windows)
+    assert imprecise(row(()), 2.0, rng).timestamp == ()
 
 
 # --- answers without pixels -------------------------------------------------------------------------------------------
