@@ -3,6 +3,8 @@
     python scripts/bench.py grpo --prompt_tokens 1200 --generations 8 --completion_tokens 32
     python scripts/bench.py grpo --size 4b --device cuda --prompt_tokens 8192 --generations 8 --completion_tokens 64
     python scripts/bench.py grpo_curve
+    python scripts/bench.py sft --prompt_tokens 1200 --queries 4
+    python scripts/bench.py sft --size 4b --device cuda --prompt_tokens 8192 --queries 4
 
 Random weights, synthetic clips, one process. Several ways of doing the same work take turns within every repeat, and
 medians are given. The last line of the output is one line of JSON. What the ways are, and what is left out, stands at
@@ -34,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_grpo(commands.add_parser("grpo", help="a GRPO step with its rollouts: table and JSON line"))
     _add_curve(commands.add_parser("grpo_curve", help="the figure of docs/benchmarks.md, its numbers beside it as CSV"))
+    _add_sft(commands.add_parser("sft", help="a training step on queries that share videos: table and JSON line"))
     return parser.parse_args(argv)
 
 
@@ -49,6 +52,15 @@ def _add_curve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images/grpo_sharing.png"), help="png, svg or pdf")
     parser.add_argument("--sweep", choices=("G", "P", "both"), default="both", help="measure one panel, keep the other")
     parser.add_argument("--repeats", type=int, default=2, help="timed repeats after a warm-up (%(default)s)")
+
+
+def _add_sft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt_tokens", type=int, required=True, help="of a row; clips are chosen to come near it")
+    parser.add_argument("--queries", type=int, required=True, help="rows that share a video")
+    parser.add_argument("--videos", type=int, default=1, help="videos in a step (%(default)s)")
+    parser.add_argument("--answer_tokens", type=int, help="of an answer, its end included (the project's own answers)")
+    parser.add_argument("--vision", choices=("trained", "frozen"), help="(trained with tiny, else frozen)")
+    _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
