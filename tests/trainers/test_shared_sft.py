@@ -25,8 +25,10 @@ ConfigWith = Callable[..., SFTConfig]
 TrainerFor = Callable[..., VideoSFTTrainer]
 
 SHARE = "training.share_video=true"
-LORA = ("lora.enabled=true", "lora.r=4", "lora.lora_alpha=8", "lora.modules_to_save=[]", "lora.target_modules=[q_proj,v_proj,up_proj]",
-        "training.vision_tower_lr=0", "training.mm_projector_lr=0", "training.head_lr=0")  # fmt: skip
+LORA = (
+    "lora.enabled=true", "lora.r=4", "lora.lora_alpha=8", "lora.target_modules=[q_proj,v_proj,up_proj]",
+    "lora.modules_to_save=[]", "training.vision_tower_lr=0", "training.mm_projector_lr=0", "training.head_lr=0",
+)  # fmt: skip
 ROWS = [0, 1, 4, 2, 3]  # three videos with two, two and one query
 
 
