@@ -138,8 +138,11 @@ class VideoTemporalDataset(Dataset[Sample]):
     def blank(self) -> Sample:
         """A two-frame black clip with row 0's question: it stands in when every sample of a batch is faulty, so that a
         distributed step still runs the same modules. Its labels are never learnt."""
-        frames = np.zeros((2, 32, 32, 3), dtype=np.uint8)
-        return {**self._encode(self.rows[0], clip_from_frames(frames, fps=self.data.fps)), "index": -1}
+        return {**self._encode(self.rows[0], self.blank_clip()), "index": -1}
+
+    def blank_clip(self) -> VideoClip:
+        """Two black frames."""
+        return clip_from_frames(np.zeros((2, 32, 32, 3), dtype=np.uint8), fps=self.data.fps)
 
     def _encode(self, row: Row, clip: VideoClip) -> Sample:
         sample, _ = fit_prompt(

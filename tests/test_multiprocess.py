@@ -77,6 +77,61 @@ def test_two_processes_train_and_the_checkpoint_loads(
     assert isinstance(engine.predict(video, "the red square appears", max_new_tokens=4)["raw_text"], str)
 
 
+@pytest.fixture
+def sft(tiny_model: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`sft("name", num_gpus, *flags)`: three updates of 8 rows by plain gradient descent; returns the run's folder."""
+
+    def launch(name: str, num_gpus: int, *more: str) -> Path:
+        flags = [
+            *("--num_gpus", str(num_gpus)),
+            *("--config", str(REPO_ROOT / "configs/demo/sft_config.yaml")),
+            *("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")),
+            *("--output_dir", str(tmp_path / name)),
+            *("--model_path", str(tiny_model)),
+            *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+            "training.optim=sgd",
+            *(f"training.{part}=0.1" for part in ("learning_rate", "mm_projector_lr", "vision_tower_lr", "head_lr")),
+            "training.lr_scheduler_type=constant",
+            "training.warmup_ratio=0",
+            "training.per_device_train_batch_size=4",
+            f"training.gradient_accumulation_steps={2 // num_gpus}",
+            "training.max_steps=3",
+            "training.logging_steps=1",
+            "training.eval_strategy=no",
+            "training.save_strategy=no",
+            "training.dataloader_num_workers=0",
+            f"training.run_name={name}",
+            f"training.metrics_dir={tmp_path / 'metrics'}",
+            f"training.logging_dir={tmp_path / 'logs'}",
+        ]
+        command = [str(REPO_ROOT / "scripts/sft.sh"), *flags, *more]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return tmp_path / name
+
+    return launch
+
+
+ZERO = [None, "configs/deepspeed/ds_zero2.json", "configs/deepspeed/ds_zero3_offload.json"]
+SHARE = ("training.share_video=true", "training.max_queries_per_video=2")
+
+
+@pytest.mark.parametrize("options", [(), SHARE], ids=["rows", "shared"])
+@pytest.mark.parametrize("deepspeed", ZERO, ids=["ddp", "zero2", "zero3"])
+def test_two_processes_train_as_one_does(
+    deepspeed: str | None, options: tuple[str, ...], sft: Callable[..., Path]
+) -> None:
+    """The same rows an update on two processes and on one that accumulates: the same losses, norms and weights, row by
+    row and with shared videos."""
+    two = sft("two", 2, *options, *(["--deepspeed", str(REPO_ROOT / deepspeed)] if deepspeed else []))
+    one = sft("one", 1, *options)
+    for key in ("train/loss", "train/grad_norm"):
+        assert len(values(one, key)) == 3 and values(two, key) == pytest.approx(values(one, key), rel=1e-4), key
+    after, alone = (load_file(folder / "checkpoint-final" / "model.safetensors") for folder in (two, one))
+    assert after.keys() == alone.keys()
+    assert all(torch.allclose(after[name], alone[name], atol=1e-5) for name in alone)
+
+
 # ---------------------------------------------------------------------------------------------- GRPO
 @pytest.fixture
 def grpo(answering_adapter: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Path]:
@@ -122,7 +177,7 @@ BARE = ("training.eval_strategy=no", "training.save_strategy=no")
 VALIDATED = ("training.max_steps=3", "training.eval_steps=3", "training.save_steps=3")
 
 
-@pytest.mark.parametrize("deepspeed", [None, "configs/deepspeed/ds_zero2.json"])
+@pytest.mark.parametrize("deepspeed", ZERO, ids=["ddp", "zero2", "zero3"])
 def test_two_processes_learn_from_rewards_and_the_checkpoint_loads(
     deepspeed: str | None, grpo: Callable[..., Path], demo_data: Path
 ) -> None:

@@ -332,6 +332,15 @@ def _cast_output(dtype: torch.dtype) -> Callable[..., Any]:
 
 
 # ---------------------------------------------------------------------------------------------- entry points
+def join_processes() -> None:
+    """Make the process group known to DeepSpeed: under ZeRO-3 `from_pretrained` already divides the weights, and would
+    take this process for the only one."""
+    import deepspeed
+
+    if torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
 def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, deepspeed: bool = False) -> Policy:
     """A trainable policy from `config.name_or_path`: a base model, full weights of an earlier run, or its adapter.
 
@@ -341,6 +350,8 @@ def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, 
 
     Raises UserError for what cannot be loaded or does not fit together.
     """
+    if deepspeed:
+        join_processes()
     source = resolve_source(config.name_or_path)
     processor = load_processor(source, trust_remote_code=config.trust_remote_code)
     if source.adapter and not lora.enabled:

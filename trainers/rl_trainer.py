@@ -45,7 +45,6 @@ from trainers.run_keeper import RunKeeper, TrainingSetup
 from trainers.shared_prefix import (
     Packed,
     Prompt,
-    backbone_of,
     enable_shared_prefix,
     make_prompt,
     pack,
@@ -55,6 +54,7 @@ from trainers.shared_prefix import (
     vision_is_frozen,
     with_vision,
 )
+from trainers.sharing_check import check_sharing, compute_dtype
 from utils.common import UserError
 from utils.config import RLTrainingConfig
 from utils.logging_utils import get_logger
@@ -62,9 +62,6 @@ from utils.spans import parse_spans
 
 FLAT_SHARE, FLAT_PATIENCE = 0.8, 10
 """A warning comes when more than this share of groups has no spread for so many generation steps on end."""
-SHARING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference of a token's log-probability between the two paths that rounding alone explains. bf16 keeps 8
-bits: a log-probability of -10 is stored to 0.03, and the two paths add in another order."""
 
 
 @dataclass(frozen=True)
@@ -401,35 +398,22 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
             [append_answer(self.processing_class, sample, answer)]
         )
 
-    @torch.no_grad()
     def check_sharing(self, sample: Sample) -> str:
-        """Score two completions of `sample`'s prompt packed and row by row; returns the line to log.
-
-        Three forward passes on every rank. Raises UserError when the log-probabilities differ by more than rounding
-        explains: something in this installation (a patched attention, say) makes completions see each other, or hides
-        the prompt from them.
-        """
+        """Score two completions of `sample`'s prompt packed and row by row; returns the line to log, or raises."""
         model, was_training = self.model_wrapped, self.model.training
         model.eval()
         prompt = make_prompt(self.model, sample)
-        answer = torch.tensor(self._answer_ids(sample["index"]), device=prompt.input_ids.device)
-        answers = [answer, answer.flip(0)[: max(1, len(answer) // 2)]]
         with self.accelerator.autocast():
-            packed = pack([prompt], [answers])
-            together = packed.unpack(score(model, packed).log_probs)
-            pad = self._tokenizer.pad_token_id
-            alone = [score(model, rows([prompt], [[one]], pad_token_id=pad)).log_probs[0] for one in answers]
-        model.train(was_training)
-        difference = max(float((row[: len(one)] - one).abs().max()) for row, one in zip(together, alone, strict=True))
-        tolerance = SHARING_TOLERANCE[compute_dtype(self.model, self.args)]
-        if not difference <= tolerance:
-            raise UserError(
-                f"training.share_prefix: the shared and the row-by-row path differ by {difference:.3g} in the "
-                f"log-probability of a token (rounding explains up to {tolerance:g}), so sharing is not exact in this "
-                "installation. Set training.share_prefix=false to train row by row, and report the versions in the "
-                "run's environment.json"
+            line = check_sharing(
+                prompt,
+                torch.tensor(self._answer_ids(sample["index"]), device=prompt.input_ids.device),
+                lambda packed: score(model, packed).log_probs,
+                pad_token_id=self._tokenizer.pad_token_id,
+                dtype=compute_dtype(self.model, self.args),
+                key="training.share_prefix",
             )
-        return f"sharing is exact: shared and row-by-row log-probabilities differ by {difference:.1g} at most"
+        model.train(was_training)
+        return line
 
     # ------------------------------------------------------------------ validation and logs
     def further_scores(self, dataset: Any, predictions: Mapping[int, str]) -> dict[str, float]:
@@ -496,13 +480,6 @@ def score(model: Any, packed: Packed) -> Any:
     Only the wanted positions reach the head, in tiles: logits of the whole vocabulary never stand in memory.
     """
     return model(**packed.inputs, gather_columns=packed.columns, shift_labels=packed.targets, fused_lm_head=True)
-
-
-def compute_dtype(model: Any, args: Any) -> torch.dtype:
-    """In which type the forward pass computes."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else next(backbone_of(model).language_model.parameters()).dtype
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class TrainingSetup:
     max_bad_fraction: float
     blindness_guard: bool
     early_stopping_patience: int | None
+    max_queries_per_video: int = 1
+    """SFT: rows on one video that are computed together; 1 shares nothing."""
     run: Run | None = None
     """Where records go; None writes none (a dry run, a test)."""
 
@@ -71,6 +73,7 @@ class TrainingSetup:
             max_bad_fraction=config.data.max_bad_fraction,
             blindness_guard=training.blindness_guard,
             early_stopping_patience=training.early_stopping_patience,
+            max_queries_per_video=training.max_queries_per_video if is_sft and training.share_video else 1,
             run=run,
         )
 

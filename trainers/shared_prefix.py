@@ -145,7 +145,11 @@ class Packed:
 IGNORED = -100
 
 
-def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Packed:
+def pack(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Tensor]],
+    num_scored: Sequence[Sequence[int]] | None = None,
+) -> Packed:
     """One sequence for all groups: each prompt once, followed by its completions.
 
     A completion's last token predicts nothing that is scored, so it is left out of the sequence.
@@ -153,30 +157,33 @@ def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> 
     Args:
         prompts: one per group.
         completions: for each prompt its completions, each (C,) token ids; a C of 0 is allowed.
+        num_scored: for each completion how many of its last tokens are targets; all of them by default.
     """
-    ids, positions, columns, groups = [], [], [], []
+    if num_scored is None:
+        num_scored = [[len(answer) for answer in answers] for answers in completions]
+    ids, positions, columns, targets, groups = [], [], [], [], []
     start = 0
-    for prompt, answers in zip(prompts, completions, strict=True):
+    for prompt, answers, scored in zip(prompts, completions, num_scored, strict=True):
         suffixes = [answer[:-1] for answer in answers]
         after = prompt.position_ids.max() + 1
         ids += [prompt.input_ids, *suffixes]
         positions += [prompt.position_ids, *(_text_positions(after, len(suffix)) for suffix in suffixes)]
         groups.append((start, len(prompt), tuple(map(len, suffixes))))
         end = start + len(prompt)
-        for answer, suffix in zip(answers, suffixes, strict=True):
-            if len(answer):
-                columns += [torch.tensor([start + len(prompt) - 1]), torch.arange(end, end + len(suffix))]
+        for answer, suffix, num in zip(answers, suffixes, scored, strict=True):
+            before = torch.cat([torch.tensor([start + len(prompt) - 1]), torch.arange(end, end + len(suffix))])
+            columns.append(before[len(answer) - num : len(answer)])
+            targets.append(answer[len(answer) - num :])
             end += len(suffix)
         start = end
-    flat = [answer for answers in completions for answer in answers]
     device = prompts[0].input_ids.device
     layout = PrefixLayout(tuple(groups), tuple(_suffix_mask(group, device) for group in groups))
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, dim=1)[:, None]}
     return Packed(
         inputs | _video_inputs(prompts) | {"prefix_layout": layout},
-        torch.cat(columns).to(device) if columns else torch.zeros(0, dtype=torch.long, device=device),
-        torch.cat(flat)[None],
-        tuple(map(len, flat)),
+        torch.cat(columns).to(device),
+        torch.cat(targets)[None],
+        tuple(map(len, targets)),
     )
 
 

@@ -189,7 +189,8 @@ def _trainer_value(value: Any) -> Any:
 def check_deepspeed(path: Path) -> str:
     """`path` as text, if it is a DeepSpeed file this project can use. Raises ConfigError otherwise.
 
-    An optimizer or scheduler block would replace the parameter groups with their own learning rates.
+    An optimizer or scheduler block would replace the parameter groups with their own learning rates, and under offload
+    accelerate silently trains with another optimizer, whatever `training.optim` and `adam_beta2` say.
     """
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))
@@ -203,4 +204,11 @@ def check_deepspeed(path: Path) -> str:
     if own := [name for name in ("optimizer", "scheduler") if name in blocks]:
         text = "the learning rates come from the config, one for each group of weights"
         raise ConfigError([f"--deepspeed {path} must not hold the block {' or '.join(own)}: {text}; remove it"])
+    zero = blocks.get("zero_optimization")
+    offloads = isinstance(zero, dict) and (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if offloads and blocks.get("zero_force_ds_cpu_optimizer", True):
+        text = "accelerate would replace training.optim by DeepSpeed's CPU Adam with default betas"
+        raise ConfigError(
+            [f'--deepspeed {path} offloads the optimizer: {text}; add "zero_force_ds_cpu_optimizer": false']
+        )
     return str(path)

@@ -76,7 +76,7 @@ class LearningKeys(TrainerSection):
     head_lr: float = Field(1e-4, ge=0)
     """Peak learning rate of the token embeddings and the output head."""
     per_device_train_batch_size: int = Field(2, ge=1)
-    """Videos in one forward pass on each GPU."""
+    """Rows (a video and a query) in one forward pass on each GPU."""
     per_device_eval_batch_size: int = Field(4, ge=1)
     """Videos generated for at once on each GPU in validation."""
     gradient_accumulation_steps: int = Field(8, ge=1)
@@ -149,7 +149,13 @@ class _SFTKeys(TrainerSection):
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many validations without a better eval/mIoU; null never stops early."""
     group_by_length: bool = True
-    """Put rows of similar length into one batch, which wastes less padding."""
+    """Put rows of similar length into one batch, which wastes less padding. Not used with share_video, whose batches
+    have no padding."""
+    share_video: bool = False
+    """Compute the rows of a batch that ask about the same video as one sequence, the video once: the same loss and
+    gradients for less. Rows of a video are then drawn side by side."""
+    max_queries_per_video: int = Field(8, ge=2)
+    """With share_video: at most so many rows of a video side by side; those beyond come elsewhere in the epoch."""
 
 
 def stopping_rule(patience: int | None, eval_strategy: str) -> Iterable[Broken]:
@@ -172,9 +178,13 @@ class SFTTrainingConfig(RecordKeys, _SFTKeys, LearningKeys):  # pydantic lists t
     }
 
     def rules(self) -> Iterable[Broken]:
-        """Something trains, and early stopping has validations to go by."""
+        """Something trains, early stopping has validations to go by, and batches can share a video."""
         yield from super().rules()
         yield from stopping_rule(self.early_stopping_patience, self.eval_strategy)
+        if self.share_video and self.per_device_train_batch_size < 2:
+            keys = ("training.share_video", "training.per_device_train_batch_size")
+            text = "training.share_video shares a video within a batch, and training.per_device_train_batch_size is 1"
+            yield Broken(keys, text, "raise it to the rows of a video, and lower gradient_accumulation_steps")
 
     def trainer_values(self) -> dict[str, Any]:
         """With the order of rows and the name of the labels."""

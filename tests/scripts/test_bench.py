@@ -1,238 +1,73 @@
-"""The GRPO benchmark: its cells agree, its line can be read by a program, and its sizes are those of the released
-models."""
+"""The benchmarks' command line: each command has a module, and help costs no import of torch."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import Qwen3VLForConditionalGeneration
 
-from scripts.bench import (
-    GENERATIONS,
-    LENGTHS,
-    PHASES,
-    SIZES,
-    WAYS,
-    Cell,
-    StockWay,
-    Work,
-    _picked,
-    baseline,
-    check_cell,
-    compare,
-    curve_cells,
-    draw,
-    make_trainable,
-    make_way,
-    measure_times,
-    model_config,
-    read_rows,
-    table,
-    update,
-    write_rows,
-)
-from scripts.make_demo_data import all_sentences
-from scripts.make_tiny_model import build_tokenizer, prompt_texts
-from trainers.shared_prefix import IGNORED, vision_is_frozen
-from utils.common import REPO_ROOT, UserError
-from utils.config import PromptConfig
+from scripts.bench import main, parse_args
+from utils.common import REPO_ROOT
 
-TIMES = {name: {"update": 2.0, "step": 4.0} for name in ("shared", "unshared", "stock")}
+GRPO = ["grpo", "--prompt_tokens", "150", "--generations", "2", "--completion_tokens", "4"]
+SFT = ["sft", "--prompt_tokens", "150", "--queries", "2"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return build_tokenizer(prompt_texts(all_sentences(), PromptConfig()))
+@pytest.mark.parametrize("argv", [GRPO, ["grpo_curve"], SFT], ids=lambda argv: argv[0])
+def test_a_command_hands_its_options_to_its_module(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(f"scripts.benchmarks.{argv[0]}.run", found.append)
+    main(argv)
+    assert found == [parse_args(argv)] and found[0].command == argv[0]
 
 
-def bench(folder: Path, *options: str, **process: Any) -> subprocess.CompletedProcess[str]:
-    """The smallest cell from the command line, called from another folder."""
-    command = [sys.executable, str(REPO_ROOT / "scripts/bench.py"), "grpo", "--prompt_tokens", "150", "--repeats", "1"]
-    command += ["--generations", "2", "--completion_tokens", "4", *options]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **process)
-    assert result.returncode == 0, result.stderr
-    return result
+def test_every_module_that_measures_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = [path for path in (REPO_ROOT / "scripts/benchmarks").glob("[!_]*.py") if "def run(" in path.read_text()]
+    assert {path.stem for path in modules} >= {"grpo", "grpo_curve", "sft"}
+    for path in modules:
+        with pytest.raises(SystemExit, match="0"):
+            parse_args([path.stem, "--help"])
+        assert f"{path.stem} [-h]" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON line of the smallest cell."""
-    folder = tmp_path_factory.mktemp("bench")
-    result = bench(folder, "--json", str(folder / "out.json"))
-    line = json.loads(result.stdout.splitlines()[-1])
-    assert line == json.loads((folder / "out.json").read_text())
-    assert table(line) in result.stdout
-    return line
-
-
-def test_the_three_ways_agree(record: dict[str, Any]) -> None:
-    for suffix in ("", "_stock"):
-        assert record[f"max_logprob_diff{suffix}"] < 1e-4
-        assert record[f"grad_rel_err{suffix}"] < 1e-4
-        assert record[f"greedy_equal{suffix}"] is True
-
-
-def test_the_line_holds_ratios_of_its_own_numbers(record: dict[str, Any]) -> None:
-    taken, against = record["seconds"], record["against"]
-    assert list(taken) == ["shared", "unshared", "stock"]
-    assert record["update_ratio"] == pytest.approx(taken[against]["update"] / taken["shared"]["update"])
-    assert record["step_ratio"] == pytest.approx(taken[against]["step"] / taken["shared"]["step"])
-    for times in taken.values():
-        assert times["step"] == pytest.approx(sum(times[phase] for phase in PHASES))
-    rows = 2 * (record["prompt_tokens"] + 4)
-    assert record["update_tokens_per_second"]["shared"] == pytest.approx(rows / taken["shared"]["update"])
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert (record["size"], record["device"], record["dtype"]) == ("tiny", "cpu", "float32")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_two_rows_take_more_memory_than_one_prompt(record: dict[str, Any]) -> None:
-    assert record["peak_memory_ratio"] > 1.2
-    assert record["peak_mib"]["shared"]["update"] > record["peak_mib"]["shared"]["score"]
-
-
-@pytest.mark.parametrize("wanted", [150, 300, 1200, 2500])
-def test_the_prompt_is_about_as_long_as_asked_for(wanted: int) -> None:
-    work = Work(Cell(wanted, 2, 4))
-    assert abs(work.length - wanted) <= 36  # half a pair of frames with its marker
-    per_pair = 60 if wanted >= 250 else 24
-    assert work.num_visual % per_pair == 0 and work.num_visual > 0.5 * work.length
-    assert len(work.sample["pixel_values_videos"]) == 4 * work.num_visual
-
-
-def test_stock_gets_the_same_frames_as_images() -> None:
-    work = Work(Cell(150, 2, 4, prompts=2))
-    inputs, video = StockWay(work).inputs, work.sample
-    pairs = int(video["video_grid_thw"][0, 0])
-    assert inputs["num_images"] == [pairs] * 4
-    assert inputs["image_grid_thw"].tolist() == [[1, *video["video_grid_thw"][0, 1:].tolist()]] * (4 * pairs)
-    assert torch.equal(inputs["pixel_values"], video["pixel_values_videos"].repeat(4, 1))
-    assert int((inputs["input_ids"] == work.stock.config.image_token_id).sum()) == 4 * work.num_visual
-    assert not (inputs["input_ids"] == work.stock.config.video_token_id).any()
-
-
-@pytest.mark.parametrize(("size", "billions"), [("2b", 2.13), ("4b", 4.44), ("8b", 8.77)])
-def test_sizes_are_the_released_ones(size: str, billions: float, tokenizer: Any) -> None:
-    """Totals of the published checkpoints, to two decimals; a tied head counts once."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(model_config(size, tokenizer))
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
-    tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
-    assert tied == SIZES[size].tie
-    assert model.model.language_model.rotary_emb.mrope_section == [24, 20, 20]
-
-
-def test_a_real_size_trains_lora_on_the_language_models_attention(tokenizer: Any) -> None:
-    config = model_config("2b", tokenizer)
-    with torch.device("meta"):
-        wrapped = make_trainable(Qwen3VLForConditionalGeneration(config), "2b")
-    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    layers, projections, matrices = 28, 4, 2
-    assert len(trained) == layers * projections * matrices
-    assert all("lora_" in name and "language_model" in name for name in trained)
-    assert vision_is_frozen(wrapped)
-    assert any(
-        module.gradient_checkpointing for module in wrapped.modules() if hasattr(module, "gradient_checkpointing")
-    )
-
-
-def test_the_fairer_baseline_is_taken() -> None:
-    assert baseline(TIMES) == "unshared"
-    assert baseline({**TIMES, "stock": {"update": 1.9, "step": 3.7}}) == "unshared"
-    assert baseline({**TIMES, "stock": {"update": 1.8, "step": 4.0}}) == "stock"
-    assert baseline({name: TIMES[name] for name in ("shared", "unshared")}) == "unshared"
-
-
-def test_log_probs_without_trl() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, 3.0], [5.0, 0.0]])
-    found = _picked(logits, torch.tensor([1, 0, IGNORED]))
-    assert found.tolist() == pytest.approx([-0.693147, -2.126928, 0.0])
-
-
-def test_plain_logits_give_what_the_fused_head_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(Cell(150, 2, 70))  # more positions than one chunk
-    ways = {name: make_way(name, work) for name in ("shared", "unshared")}
-    fused = {name: update(way) for name, way in ways.items()}
-    slope = work.own.model.visual.patch_embed.proj.weight.grad.clone()
-    monkeypatch.setattr("scripts.bench.HAS_TRL", False)
-    for name, way in ways.items():
-        assert torch.allclose(update(way), fused[name], atol=1e-5)
-        assert torch.allclose(work.own.model.visual.patch_embed.proj.weight.grad, slope, atol=1e-5)
-    assert float(slope.abs().max()) > 1e-3
-
-
-def test_the_ways_agree_on_a_real_sizes_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA, gradient checkpointing and a vision output that is kept over the passes, on the tiny weights."""
-    monkeypatch.setattr("scripts.bench.make_trainable", lambda model, size: make_trainable(model, "4b"))
-    work = Work(Cell(150, 3, 6, prompts=2, repeats=1))
-    ways = {name: make_way(name, work) for name in WAYS}
-    assert [ways[name].keeps_vision for name in ("shared", "unshared")] == [True, False]
-    times = measure_times(ways, work.cell)
-    for phases in times.values():
-        assert min(phases.values()) > 0
-        assert phases["step"] == pytest.approx(sum(phases[phase] for phase in PHASES))
-    assert all(prompt.vision is not None for prompt in ways["shared"].prompts)
-    found = compare(ways)
-    for suffix in ("", "_stock"):
-        assert found[f"max_logprob_diff{suffix}"] < 1e-4
-        assert 0 < found[f"grad_rel_err{suffix}"] < 1e-4
-        assert found[f"greedy_equal{suffix}"] is True
-
-
-@pytest.mark.slow
-def test_it_runs_where_trl_is_not_installed(tmp_path: Path) -> None:
-    """As on a GPU image that lacks it: stock is left out, and the two own ways still agree."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util, sys\nsys.modules['trl'] = None\nfind = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, package=None: None if name == 'trl' else find(name, package)\n"
-    )
-    result = bench(tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    line = json.loads(result.stdout.splitlines()[-1])
-    assert list(line["seconds"]) == ["shared", "unshared"] and line["against"] == "unshared"
-    assert line["head"] == "plain logits" and "trl" not in line["versions"]
-    assert line["max_logprob_diff"] < 1e-4 and line["grad_rel_err"] < 1e-4
-    assert "stock TRL: left out, trl is not installed" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"prompt_tokens": 20}, "--prompt_tokens must be >= 80, got 20"),
-        ({"generations": 1}, "--generations must be >= 2, got 1"),
-        ({"repeats": 0}, "--repeats must be >= 1, got 0"),
-    ],
-)
-def test_numbers_out_of_their_rule(change: dict[str, int], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        check_cell(Cell(**{"prompt_tokens": 150, "generations": 2, "completion_tokens": 4, **change}))
-
-
-def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device here"):
-        check_cell(Cell(150, 2, 4, device="cuda"))
-
-
-def test_the_curve_is_drawn_from_its_csv(tmp_path: Path) -> None:
-    measured = [
-        {"sweep": sweep, "prompt_tokens": cell.prompt_tokens, "generations": cell.generations,
-         "completion_tokens": cell.completion_tokens, "token_ratio": 3.0, "update_ratio": 2.0, "step_ratio": 1.5,
-         "update_s_shared": 1.0, "update_s_unshared": 2.0, "step_s_shared": 2.0, "step_s_unshared": 3.0}
-        for sweep in ("G", "P") for cell in curve_cells(sweep, 1)
-    ]  # fmt: skip
-    write_rows(tmp_path / "curve.csv", measured)
-    assert read_rows(tmp_path / "curve.csv") == measured
-    left, right = draw(measured).axes
-    assert [list(line.get_xdata()) for line in left.lines] == [list(GENERATIONS)] * 3
-    assert [list(line.get_xdata()) for line in right.lines] == [list(LENGTHS)] * 3
-    assert {line.get_label(): line.get_ydata()[0] for line in left.lines} == {
-        "times fewer tokens": 3.0, "update": 2.0, "whole step": 1.5,
+def test_options_of_old_commands() -> None:
+    options = vars(parse_args([*GRPO, "--prompts", "2", "--size", "4b", "--device", "cuda", "--repeats", "5"]))
+    assert options == {
+        "command": "grpo", "prompt_tokens": 150, "generations": 2, "completion_tokens": 4, "prompts": 2, "size": "4b",
+        "device": "cuda", "repeats": 5, "json": None,
     }  # fmt: skip
-    assert left.get_xscale() == "log" and left.get_ylim()[0] == 0
+    curve = vars(parse_args(["grpo_curve"]))
+    assert curve == {
+        "command": "grpo_curve", "out": Path("docs/images/grpo_sharing.png"), "sweep": "both", "repeats": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "options", "vision"), [
+    ("tiny", [], "trained"), ("4b", [], "frozen"), ("tiny", ["--vision", "frozen"], "frozen"),
+    ("2b", ["--vision", "trained"], "trained"),
+])  # fmt: skip
+def test_vision_of_sft(size: str, options: list[str], vision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = []
+    monkeypatch.setattr("scripts.benchmarks.sft.run_cell", cells.append)
+    monkeypatch.setattr("scripts.benchmarks.sft.table", lambda record: "")
+    main([*SFT, "--size", size, *options])
+    assert [(cell.size, cell.vision, cell.queries, cell.videos) for cell in cells] == [(size, vision, 2, 1)]
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO_ROOT / "scripts/bench.py"), *SFT[:-1], "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == "error: --queries must be >= 2, got 1"
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    """It imports neither torch nor transformers, wherever it is called."""
+    script = REPO_ROOT / "scripts/bench.py"
+    command = [sys.executable, "-X", "importtime", str(script), "sft", "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "--answer_tokens" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "utils.common" in imported and not {"torch", "transformers", "scripts.benchmarks"} & imported

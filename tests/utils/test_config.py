@@ -517,6 +517,7 @@ def test_deepspeed_stages() -> None:
         ('{"optimizer": {}}', "must not hold the block optimizer"),
         ('{"a": 1', "is not valid JSON"),
         ("[]", "must hold a mapping, got list"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', 'zero_force_ds_cpu_optimizer": false'),
         (None, "cannot be read"),
     ],
 )
