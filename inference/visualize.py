@@ -174,7 +174,7 @@ def _draw_strip(
     for index, (frame, time) in enumerate(zip(frames, times_s, strict=True)):
         centre = (index + 0.5) * slot
         left, right = centre - width / 2, centre + width / 2
-        inside = any(truth.start <= time <= truth.end for truth in truths)
+        inside = any(truth.start <= time < truth.end for truth in truths)
         colour = GREEN if inside else MUTED
         axes.imshow(frame, extent=(left, right, bottom, top), aspect="auto", interpolation="antialiased")
         outline = Rectangle((left, bottom), width, tile[1], fill=False, edgecolor=colour, clip_on=False)

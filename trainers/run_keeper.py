@@ -28,7 +28,7 @@ from trainers.generation import answer_rows
 from trainers.model import Policy
 from trainers.parts import LearningRates, parameter_size, part_of
 from utils.checkpoints import BEST, FINAL, replace_folder, rotate, saving, write_manifest
-from utils.common import UserError, atomic_open
+from utils.common import UserError, atomic_open, write_json
 from utils.config import RLConfig, SFTConfig
 from utils.logging_utils import get_logger, peak_memory_bytes
 from utils.metrics import evaluate
@@ -263,8 +263,7 @@ class RunKeeper(Trainer):
         with saving(target, self._checkpoint_bytes(with_optimizer=False)):
             self.save_model(str(unfinished), _internal_call=True)
             if self.args.should_save and metrics:
-                with atomic_open(unfinished / "metrics.json") as handle:
-                    json.dump({"step": self.state.global_step, **metrics}, handle, indent=2)
+                write_json(unfinished / "metrics.json", {"step": self.state.global_step, **metrics})
         self._seal(unfinished)
         if self.args.should_save:
             replace_folder(unfinished, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import math
 import os
 import random
 import sys
@@ -72,10 +73,23 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically. A float that is not finite is written as null: JSON has no NaN."""
     with atomic_open(path) as handle:
-        json.dump(value, handle, indent=2, ensure_ascii=False)
+        json.dump(finite_or_null(value), handle, indent=2, ensure_ascii=False, allow_nan=False)
         handle.write("\n")
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value` with every NaN and infinity in its mappings and lists as None.
+
+    >>> finite_or_null({"mIoU": 50.0, "absent": [float("nan")]})
+    {'mIoU': 50.0, 'absent': [None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def seed_everything(seed: int) -> None:
