@@ -65,7 +65,7 @@ def main() -> int:
         settle_world()
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
-    processor = load_processor(resolve_source(model_config.name_or_path))
+    processor = load_processor(resolve_source(model_config.name_or_path), model_config)
     train_set = VideoTemporalDataset(
         config.data, processor, config.prompt, with_answer=False, seed=config.training.seed
     )

@@ -59,7 +59,7 @@ def main() -> int:
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     setup_logging()
     require_annotations(config.data)  # at once, before a hub is asked for anything
-    processor = load_processor(resolve_source(config.model.name_or_path))
+    processor = load_processor(resolve_source(config.model.name_or_path), config.model)
     train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
     val_set = None
     if config.data.val:

@@ -189,7 +189,8 @@ def _trainer_value(value: Any) -> Any:
 def check_deepspeed(path: Path) -> str:
     """`path` as text, if it is a DeepSpeed file this project can use. Raises ConfigError otherwise.
 
-    An optimizer or scheduler block would replace the parameter groups with their own learning rates.
+    An optimizer or scheduler block would replace the parameter groups with their own learning rates. Modules that a
+    file names would be imported, and a file of settings runs no code.
     """
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))
@@ -203,4 +204,8 @@ def check_deepspeed(path: Path) -> str:
     if own := [name for name in ("optimizer", "scheduler") if name in blocks]:
         text = "the learning rates come from the config, one for each group of weights"
         raise ConfigError([f"--deepspeed {path} must not hold the block {' or '.join(own)}: {text}; remove it"])
+    autocast = blocks.get("torch_autocast")
+    if isinstance(autocast, dict) and autocast.get("lower_precision_safe_modules"):
+        key = "torch_autocast.lower_precision_safe_modules"
+        raise ConfigError([f"--deepspeed {path} must not hold {key}: DeepSpeed imports what it names; remove it"])
     return str(path)

@@ -517,6 +517,10 @@ def test_deepspeed_stages() -> None:
         ('{"optimizer": {}}', "must not hold the block optimizer"),
         ('{"a": 1', "is not valid JSON"),
         ("[]", "must hold a mapping, got list"),
+        (
+            '{"torch_autocast": {"enabled": true, "lower_precision_safe_modules": ["a.b.C"]}}',
+            "must not hold torch_autocast.lower_precision_safe_modules: DeepSpeed imports what it names",
+        ),
         (None, "cannot be read"),
     ],
 )
