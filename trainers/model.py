@@ -230,7 +230,8 @@ def _refuse_pickle(name: str, hf_config: Any, config: ModelConfig) -> None:
     if Path(name).is_dir():
         require_safetensors(Path(name), allow_pickle=config.allow_pickle)
     named = hf_config.to_dict().get("transformers_weights")
-    if named and ".safetensors" not in str(named) and not config.allow_pickle:
+    is_safe = str(named).endswith((".safetensors", ".safetensors.index.json"))
+    if named and not is_safe and not config.allow_pickle:
         raise UserError(
             f"{name}: its config.json names {named} as weights (transformers_weights), which is no safetensors; remove "
             f"that line, or allow pickle, if you trust its author: {PICKLE_KEY}=true"
