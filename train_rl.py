@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from utils.attach import attach
-from utils.common import run_command, settle_accelerator
+from utils.common import run_command, settle_accelerator, settle_world
 
 attach()
 settle_accelerator()
@@ -61,9 +61,11 @@ def main() -> int:
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     start = (config.model, config.lora, rates)
     model_config = settle_start(*start, args.output_dir) if run is not None else plan_start(*start)
+    if args.deepspeed:
+        settle_world()
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
-    processor = load_processor(resolve_source(model_config.name_or_path))
+    processor = load_processor(resolve_source(model_config.name_or_path), model_config)
     train_set = VideoTemporalDataset(
         config.data, processor, config.prompt, with_answer=False, seed=config.training.seed
     )

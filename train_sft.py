@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from utils.attach import attach
-from utils.common import run_command, settle_accelerator
+from utils.common import run_command, settle_accelerator, settle_world
 
 attach()
 settle_accelerator()
@@ -51,13 +51,15 @@ def main() -> int:
     args = parse_args()
     overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
     config = load_config(SFTConfig, [args.config, args.data_config], overrides)
+    if args.deepspeed:
+        settle_world()
     # Before any model is built: under ZeRO-3 these arguments decide how weights are loaded.
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     setup_logging()
     require_annotations(config.data)  # at once, before a hub is asked for anything
-    processor = load_processor(resolve_source(config.model.name_or_path))
+    processor = load_processor(resolve_source(config.model.name_or_path), config.model)
     train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
     val_set = None
     if config.data.val:

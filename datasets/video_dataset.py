@@ -17,7 +17,7 @@ from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
-from utils.rows import Row, clip_bounds, load_annotations, model_windows, resolve_video
+from utils.rows import Row, clip_bounds, load_annotations, look_up_video, model_windows
 from utils.selection import select_rows
 from utils.spans import parse_spans
 from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
@@ -79,7 +79,8 @@ class VideoTemporalDataset(Dataset[Sample]):
             raise UserError(
                 f"data.{split} names no annotation file; give one, e.g. data.{split}=data/annotations/{split}.jsonl"
             )
-        rows = load_annotations(sources, max_bad_fraction=data.max_bad_fraction, trim=data.trim, seed=seed)
+        limit, root = data.max_bad_fraction, data.videos_root
+        rows = load_annotations(sources, max_bad_fraction=limit, trim=data.trim, videos_root=root, seed=seed)
         usable = [row for row in rows if self.is_usable(row)]
         if not usable:
             raise UserError(
@@ -124,10 +125,13 @@ class VideoTemporalDataset(Dataset[Sample]):
 
     # ------------------------------------------------------------------ samples
     def clip(self, row: Row) -> VideoClip:
-        """Decode the labelled stretch of the row's video. Raises VideoReadError."""
+        """Decode the labelled stretch of the row's video. Raises VideoReadError, for one outside `data.videos_root`
+        too."""
         bounds = clip_bounds(row, self.data.trim)
         start_s, end_s = bounds if bounds is not None else (None, None)
-        path = resolve_video(row, self.data.videos_root)
+        path, fault = look_up_video(row, self.data.videos_root)
+        if fault is not None:
+            raise VideoReadError(path, fault)
         return read_clip(path, self.data.budget, start_s=start_s, end_s=end_s, backend=self.data.backend)
 
     def sample(self, index: int) -> Sample:

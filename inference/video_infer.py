@@ -54,6 +54,7 @@ class VideoTemporalInference:
         data_config: YAML with `data` and `prompt` that replaces what the checkpoint recorded. Needed only for a
             checkpoint without a record; a base model without one is asked with the shipped defaults.
         attn_implementation: As `model.attn_implementation`; by default FlashAttention 2 where it can be had, else sdpa.
+        allow_pickle: Read weights that are no safetensors, which can run code. Only from whom you trust (SECURITY.md).
 
     Raises:
         UserError: the model cannot be loaded, is not Qwen3-VL, or lacks its processor or prompt contract.
@@ -67,6 +68,7 @@ class VideoTemporalInference:
         dtype: str | None = None,
         data_config: str | Path | None = None,
         attn_implementation: str | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         given = _given_contract(data_config)
         policy = load_for_inference(
@@ -75,6 +77,7 @@ class VideoTemporalInference:
             dtype=dtype,
             attn_implementation=attn_implementation,
             need_contract=given is None,
+            allow_pickle=allow_pickle,
         )
         self.model, self.processor = policy.model, policy.processor
         self.contract = given or policy.contract or _default_contract(str(model_path))
@@ -204,6 +207,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--allow_pickle", action="store_true", help="read weights that are no safetensors: SECURITY.md")
     return parser.parse_args(argv)
 
 
@@ -212,7 +216,13 @@ def main() -> None:
     args = parse_args()
     setup_logging()
     _check_early(args)
-    engine = VideoTemporalInference(args.model_path, device=args.device, dtype=args.dtype, data_config=args.data_config)
+    engine = VideoTemporalInference(
+        args.model_path,
+        device=args.device,
+        dtype=args.dtype,
+        data_config=args.data_config,
+        allow_pickle=args.allow_pickle,
+    )
     found = engine.predict(
         args.video,
         args.query,

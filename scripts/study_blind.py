@@ -137,7 +137,7 @@ def blind_trainer(config: SFTConfig, folder: Path, run: Run) -> VideoSFTTrainer:
     """The trainer that `train_sft.py` builds, with both its collators blinded."""
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(folder, None, **device)
-    processor = load_processor(resolve_source(config.model.name_or_path))
+    processor = load_processor(resolve_source(config.model.name_or_path), config.model)
     train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
     num_val = config.training.max_eval_samples
     val_set = VideoTemporalDataset(

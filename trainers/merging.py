@@ -102,11 +102,12 @@ def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
     dtype = getattr(torch, config.torch_dtype)
     tower = source.contract.vision_tower if source.contract else None
     base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
-    merged = load_adapter(base, source.adapter, trainable=False, fp32_copies=False).merge_and_unload().to(dtype)
+    options = {"fp32_copies": False, "allow_pickle": config.allow_pickle}
+    merged = load_adapter(base, source.adapter, trainable=False, **options).merge_and_unload().to(dtype)
     unfinished = target.with_name(f".{target.name}.unfinished")
     with saving(target, sum(p.numel() * p.element_size() for p in merged.parameters())):
         merged.save_pretrained(unfinished)
-        load_processor(source).save_pretrained(unfinished)
+        load_processor(source, config).save_pretrained(unfinished)
         if source.contract is not None:
             source.contract.save(unfinished)
         write_json(unfinished / ORIGIN_FILE, {"adapter": str(source.adapter), "sha256": _digest(source.adapter)})

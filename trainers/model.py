@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from utils.config import LoraConfig, ModelConfig
 from utils.hub import require_hub
 from utils.logging_utils import get_logger
 from utils.prompts import CONTRACT_FILE, PromptContract
+from utils.weight_files import PICKLE_KEY, refuse_own_code, require_safetensors
 
 MODEL_TYPE = "qwen3_vl"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,6 +77,8 @@ def resolve_source(name_or_path: str, *, need_contract: bool = False) -> WeightS
         raise UserError(f"{folder} holds neither config.json nor {ADAPTER_CONFIG}, so it is no model{hint}")
     ours = is_adapter or (folder / "training_args.bin").is_file()
     contract = PromptContract.load(folder) if (folder / CONTRACT_FILE).is_file() or (need_contract and ours) else None
+    if contract is not None and contract.vision_tower:
+        refuse_own_code(contract.vision_tower, folder)
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise UserError(
             f"{folder} has no processor (processor_config.json, tokenizer files): copy them from the model it was "
@@ -108,25 +112,43 @@ def _from_hub(name: str, load: Callable[[], Any]) -> Any:
     require_hub(name)
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         # The first line is the reason; what follows is advice for other situations.
         reason = str(error).strip().splitlines()[0][:300]
-        raise UserError(
-            f"cannot load {name!r}: {reason}. Check the name (model.name_or_path, --model_path), the network or "
-            f"HF_ENDPOINT, "
-            "and for private models `hf auth login`; a downloaded folder can be given instead of a hub name"
-        ) from error
+        raise UserError(f"cannot load {name!r}: {reason}. {_remedy(reason)}") from error
 
 
-def load_processor(source: WeightSource, *, trust_remote_code: bool = False) -> Any:
-    """The processor saved with the weights. Raises UserError when it is missing or not Qwen3-VL's."""
+def _remedy(reason: str) -> str:
+    """What to do about a `from_pretrained` that failed for `reason`."""
+    if "cannot be loaded with `safetensors`" in reason:
+        return (
+            "It holds its weights as pickle, which can run code when it is read. Take a model with safetensors, or "
+            f"allow it, if you trust its author: {PICKLE_KEY}=true (in inference allow_pickle=True, --allow_pickle)"
+        )
+    if "custom code" in reason:
+        return "If you have read that code and trust it: model.trust_remote_code=true"
+    return (
+        "Check the name (model.name_or_path, --model_path), the network or HF_ENDPOINT, and for private models "
+        "`hf auth login`; a downloaded folder can be given instead of a hub name"
+    )
+
+
+def load_processor(source: WeightSource, config: ModelConfig | None = None) -> Any:
+    """The processor saved with the weights, at `config.revision` on the hub. Raises UserError when it is missing or not
+    Qwen3-VL's."""
     name = source.processor_from
-    processor = _from_hub(name, lambda: AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code))
+    options = _load_options(config or ModelConfig())
+    processor = _from_hub(name, lambda: AutoProcessor.from_pretrained(name, **options))
     if not hasattr(processor, "video_processor"):
         raise UserError(
             f"{name} has a {type(processor).__name__}, which cannot read video; a Qwen3-VL processor is needed"
         )
     return processor
+
+
+def _load_options(config: ModelConfig) -> dict[str, Any]:
+    """What every `from_pretrained` of a model's parts is told."""
+    return {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
 
 
 # ---------------------------------------------------------------------------------------------- base weights
@@ -178,15 +200,19 @@ def load_base(
     contract: `(hidden_states (patches, patch_dim), grid_thw (videos, 3))` -> the same output class, deepstack included.
     `tower_is_stored`: the weights of the replaced tower lie in `name` (a checkpoint of an earlier run).
 
-    Raises UserError for a model that is not Qwen3-VL and for weights that cannot be loaded.
+    Raises UserError for a model that is not Qwen3-VL, for weights that cannot be loaded, and for weights as pickle
+    unless `config.allow_pickle`.
     """
-    options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    options = _load_options(config)
     hf_config = _from_hub(name, lambda: AutoConfig.from_pretrained(name, **options))
     if hf_config.model_type != MODEL_TYPE:
         raise UserError(
             f"{name} is a {hf_config.model_type!r} model; this framework trains Qwen3-VL ({MODEL_TYPE!r}), e.g. "
             "Qwen/Qwen3-VL-4B-Instruct (model.name_or_path, --model_path)"
         )
+    _refuse_pickle(name, hf_config, config)
+    if not config.allow_pickle:
+        options["use_safetensors"] = True
     factory = load_named(vision_tower, "model.vision_tower") if vision_tower else None
     model_class = _class_with_tower(factory) if factory and tower_is_stored else Qwen3VLForConditionalGeneration
     attention = pick_attention(config.attn_implementation)
@@ -197,6 +223,19 @@ def load_base(
         model.model.visual = factory(model.config.vision_config, model.model.visual).to(dtype)
     batch_vision_frames(model)
     return model
+
+
+def _refuse_pickle(name: str, hf_config: Any, config: ModelConfig) -> None:
+    """Raise UserError for pickle that `use_safetensors` lets pass: in a folder, or named by its config.json."""
+    if Path(name).is_dir():
+        require_safetensors(Path(name), allow_pickle=config.allow_pickle)
+    named = hf_config.to_dict().get("transformers_weights")
+    is_safe = str(named).endswith((".safetensors", ".safetensors.index.json"))
+    if named and not is_safe and not config.allow_pickle:
+        raise UserError(
+            f"{name}: its config.json names {named} as weights (transformers_weights), which is no safetensors; remove "
+            f"that line, or allow pickle, if you trust its author: {PICKLE_KEY}=true"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
@@ -257,13 +296,25 @@ def add_lora(
     return wrapped
 
 
-def load_adapter(model: Qwen3VLForConditionalGeneration, folder: Path, *, trainable: bool, fp32_copies: bool) -> Any:
-    """Put the adapter saved in `folder` on `model`. Raises UserError when shapes or files do not fit."""
+def load_adapter(
+    model: Qwen3VLForConditionalGeneration,
+    folder: Path,
+    *,
+    trainable: bool,
+    fp32_copies: bool,
+    allow_pickle: bool = False,
+) -> Any:
+    """Put the adapter saved in `folder` on `model`. Raises UserError when shapes or files do not fit, and for weights
+    as pickle unless `allow_pickle`."""
     from peft import PeftModel
 
+    require_safetensors(folder, allow_pickle=allow_pickle)
+    if not any(folder.glob("adapter_model.*")):
+        # PEFT would ask the hub for a repository of the folder's name.
+        raise UserError(f"{folder} holds {ADAPTER_CONFIG} but no adapter_model.safetensors; copy the checkpoint again")
     try:
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, autocast_adapter_dtype=fp32_copies)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(f"the adapter in {folder} cannot be put on {model.name_or_path}: {reason}") from error
     if fp32_copies:
@@ -353,7 +404,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, 
     if deepspeed:
         join_processes()
     source = resolve_source(config.name_or_path)
-    processor = load_processor(source, trust_remote_code=config.trust_remote_code)
+    processor = load_processor(source, config)
     if source.adapter and not lora.enabled:
         raise UserError(
             f"model.name_or_path={config.name_or_path} is a LoRA adapter but lora.enabled is false. Set "
@@ -374,7 +425,8 @@ def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, 
     )
     model: Any = base
     if source.adapter:
-        model = load_adapter(base, source.adapter, trainable=True, fp32_copies=not deepspeed)
+        options = {"fp32_copies": not deepspeed, "allow_pickle": config.allow_pickle}
+        model = load_adapter(base, source.adapter, trainable=True, **options)
     elif lora.enabled:
         model = add_lora(base, lora, rates, fp32_copies=not deepspeed)
     freeze_by_rate(model, rates)
@@ -389,10 +441,12 @@ def load_for_inference(
     dtype: str | None = None,
     attn_implementation: str | None = None,
     need_contract: bool = True,
+    allow_pickle: bool = False,
 ) -> Policy:
     """A frozen policy for answering, from a base model, an adapter, or full weights.
 
-    `device` defaults to CUDA when there is one; `dtype` to bfloat16 on CUDA and float32 on the CPU.
+    `device` defaults to CUDA when there is one; `dtype` to bfloat16 on CUDA and float32 on the CPU. `allow_pickle` is
+    `model.allow_pickle`.
     Raises UserError for what cannot be loaded and, with `need_contract`, for trained weights without a prompt contract.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -400,7 +454,7 @@ def load_for_inference(
     source = resolve_source(model_path, need_contract=need_contract)
     tower = source.contract.vision_tower if source.contract else None
     attention = attn_implementation or ("flash_attention_2" if place.type == "cuda" else "sdpa")
-    config = ModelConfig(name_or_path=source.base, attn_implementation=attention)  # type: ignore[arg-type]
+    config = ModelConfig(name_or_path=source.base, attn_implementation=attention, allow_pickle=allow_pickle)  # type: ignore[arg-type]
     base = load_base(
         source.base,
         config,
@@ -408,5 +462,7 @@ def load_for_inference(
         vision_tower=tower,
         tower_is_stored=tower is not None and source.adapter is None,
     )
-    model = load_adapter(base, source.adapter, trainable=False, fp32_copies=False) if source.adapter else base
-    return Policy(model.to(place).eval(), load_processor(source), source.contract, tower)
+    model: Any = base
+    if source.adapter:
+        model = load_adapter(base, source.adapter, trainable=False, fp32_copies=False, allow_pickle=allow_pickle)
+    return Policy(model.to(place).eval(), load_processor(source, config), source.contract, tower)

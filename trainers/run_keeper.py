@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,9 +177,15 @@ class RunKeeper(Trainer):
         return [groups[key] for key in sorted(groups)]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; CUDA running out of memory names the knobs that lower it."""
+        """Trainer's own; CUDA running out of memory names the knobs that lower it, a foreign checkpoint what it is."""
         try:
             return super().train(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                "--resume_from_checkpoint: an optimizer, scheduler or random state in it holds other objects than "
+                f"tensors, which were not read ({str(error).strip().splitlines()[0][:200]}). Resume a checkpoint that "
+                "this machine wrote (SECURITY.md)"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0], more=self.memory_advice)) from error
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,33 @@ def settle_accelerator() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+_TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where mpirun and srun say how many processes they started."""
+
+
+def settle_world() -> None:
+    """Make a process that no launcher started a world of one for DeepSpeed; call it before TrainingArguments are made.
+
+    Left alone DeepSpeed looks for MPI, and needs mpi4py for that. Under torchrun it changes nothing.
+
+    Raises UserError when srun or mpirun started several processes without torchrun: each would train alone, and all
+    into one folder.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return
+    for variable in _TASK_COUNTS:
+        if int(os.environ.get(variable) or 1) > 1:
+            raise UserError(
+                f"--deepspeed: {os.environ[variable]} processes were started without torchrun ({variable}). Start "
+                "scripts/sft.sh (or rl.sh) once on every node: it starts a process for each GPU (see scripts/slurm)"
+            )
+    with socket.socket() as probe:  # a port of its own, so that two runs can share a machine
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_command(main: Callable[[], int | None]) -> None:

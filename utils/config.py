@@ -69,6 +69,8 @@ class ModelConfig(StrictModel):
     """`package.module:factory` of a vision encoder to use instead of the model's own; null keeps its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+    allow_pickle: bool = False
+    """Read weights that are there as pickle alone (pytorch_model.bin, adapter_model.bin). Only from whom you trust."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the newest."""
 
@@ -165,7 +167,8 @@ class DataConfig(StrictModel):
     test: Sources = ()
     """Annotation files held out for evaluation; training never reads their answers."""
     videos_root: Annotated[Path, Field(strict=False)] | None = None
-    """Folder that relative video paths start from; null: the annotation file's folder, then the working directory."""
+    """Folder that relative video paths start from, and that no row may leave by `..`, an absolute path or a symbolic
+    link; null: the annotation file's folder, then the working directory, and any path is opened."""
     backend: Literal["decord", "pyav", "qwen_vl_utils"] = "decord"
     """Video decoder."""
     fps: float = Field(2.0, gt=0)

@@ -190,7 +190,8 @@ def check_deepspeed(path: Path) -> str:
     """`path` as text, if it is a DeepSpeed file this project can use. Raises ConfigError otherwise.
 
     An optimizer or scheduler block would replace the parameter groups with their own learning rates, and under offload
-    accelerate silently trains with another optimizer, whatever `training.optim` and `adam_beta2` say.
+    accelerate silently trains with another optimizer, whatever `training.optim` and `adam_beta2` say. Modules that a
+    file names would be imported, and a file of settings runs no code.
     """
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))
@@ -211,4 +212,8 @@ def check_deepspeed(path: Path) -> str:
         raise ConfigError(
             [f'--deepspeed {path} offloads the optimizer: {text}; add "zero_force_ds_cpu_optimizer": false']
         )
+    autocast = blocks.get("torch_autocast")
+    if isinstance(autocast, dict) and autocast.get("lower_precision_safe_modules"):
+        key = "torch_autocast.lower_precision_safe_modules"
+        raise ConfigError([f"--deepspeed {path} must not hold {key}: DeepSpeed imports what it names; remove it"])
     return str(path)

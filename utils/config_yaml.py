@@ -139,6 +139,7 @@ def _syntax_problem(error: yaml.YAMLError, text: str, file: str) -> Problem:
     return Problem(f"not valid YAML: {reason} ({place}); check the indentation, the colons and the quotes there", place)
 
 
+_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 _UNUSABLE = object()  # in place of a value that a problem was noted about
 
 
@@ -159,6 +160,8 @@ class _Builder:
         self.document.places.setdefault(path, self.place(node))
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            return self.refuse_tag(node, path)
         if any(node is parent for parent in self.open):
             return self.complain(self.document.places[path], f"{dotted(path)} holds itself by an alias")
         self.open.append(node)
@@ -174,6 +177,9 @@ class _Builder:
                 self.complain(self.place(key_node), f"a key {_under(path)} is not a plain word")
                 continue
             key, here = key_node.value, (*path, key_node.value)
+            if key_node.tag not in _SCALARS:
+                self.refuse_tag(key_node, here)
+                continue
             if key in value:
                 first = self.document.places[here]
                 text = f"{dotted(here)} is written twice, first at {first}"
@@ -201,6 +207,10 @@ class _Builder:
                 return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
             case "str":
                 return node.value
+        return self.refuse_tag(node, path)
+
+    def refuse_tag(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Note a tag that is none of the kinds above, `!!python/object` among them."""
         text = f"{dotted(path) or 'the file'} has the tag {node.tag}, which is not used here"
         return self.complain(self.place(node), text, "; remove the tag")
 

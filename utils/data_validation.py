@@ -34,10 +34,10 @@ from utils.rows import (
     clip_bounds,
     clip_findings,
     dump_record,
+    look_up_video,
     misread_rows,
     read_raw_rows,
     record_to_row,
-    resolve_video,
     row_to_record,
     trim_readings,
 )
@@ -113,6 +113,7 @@ KINDS: dict[str, Kind] = {
     "trim_length": Kind("duration is not video_end - video_start"),
     "trim_reading": Kind("the row fits only another reading than --trim"),
     "trim_outside_file": Kind("the trimmed stretch goes past the end of the file"),
+    "outside_root": Kind("the video lies outside --videos_root, by its path or by a symbolic link"),
     "missing_video": Kind("no such video (in --videos_root, beside the annotations, or here); see --skip_videos"),
     "unreadable_video": Kind("the video cannot be decoded"),
     "duration_mismatch": Kind("the file is not as long as duration says"),
@@ -195,7 +196,7 @@ class Checker:
 
     def __init__(self, options: Options, against: Sequence[Row] = ()) -> None:
         self.options = options
-        self.path_of = cache(lambda folder, video: _find_video(folder, video, options.videos_root))
+        self.look_up = cache(lambda folder, video: _look_up(folder, video, options.videos_root))
         # os.path.exists, not Path.exists: a name of 300 letters is one more missing video, not a crash
         self.is_there = cache(os.path.exists)
         self.name_of = cache(self._name)
@@ -207,7 +208,7 @@ class Checker:
         """All problems of all entries, in their order."""
         rows = [entry.row for entry in entries if entry.row is not None]
         if self.options.probe_videos:
-            self._probe(self._path(row) for row in rows)
+            self._probe(self._path(row) for row in rows if self._outside(row) is None)
         options = self.options
         length_of = self._file_duration
         misread = misread_rows(rows, options.trim, file_duration=length_of, tolerance=options.tolerance)
@@ -233,12 +234,15 @@ class Checker:
         for entry in entries:
             if entry.row is None and entry.record is not None and isinstance(entry.record.get("video"), str):
                 video = entry.record["video"]
-                path = self.path_of(str(Path(entry.file).parent), video)
+                path, _ = self.look_up(str(Path(entry.file).parent), video)
                 names.add(self.name_of(path, video))
         return len(names)
 
     def _path(self, row: Row) -> Path:
-        return self.path_of(str(Path(row.file).parent), row.video)
+        return self.look_up(str(Path(row.file).parent), row.video)[0]
+
+    def _outside(self, row: Row) -> str | None:
+        return self.look_up(str(Path(row.file).parent), row.video)[1]
 
     def _pair_of(self, row: Row) -> tuple[str, str]:
         return self.video_of(row), " ".join(row.sentence.lower().split()).rstrip(" .")
@@ -261,7 +265,7 @@ class Checker:
         if row.sentence != row.sentence.strip():
             yield "outer_space", "`sentence` begins or ends with white space"
         yield from self._trim_length(row)
-        yield from self._video_findings(self._path(row))
+        yield from self._video_findings(row)
         if id(row) in others:  # one cause: what the wrong reading does to windows and lengths is not counted again
             yield "trim_reading", f"the row fits {' and '.join(others[id(row)])}, not --trim {self.options.trim}"
         else:
@@ -269,8 +273,11 @@ class Checker:
             yield from self._length_findings(row)
         yield from self._twins(row, earlier)
 
-    def _video_findings(self, path: Path) -> Iterator[Finding]:
-        if not self.options.skip_videos and not self.is_there(path):
+    def _video_findings(self, row: Row) -> Iterator[Finding]:
+        path = self._path(row)
+        if outside := self._outside(row):
+            yield "outside_root", outside
+        elif not self.options.skip_videos and not self.is_there(path):
             yield "missing_video", f"no such video: {path}"
         elif isinstance(fault := self.probed.get(path), tuple):
             yield fault
@@ -326,9 +333,9 @@ class Checker:
                 raise
 
 
-def _find_video(folder: str, video: str, videos_root: Path | None) -> Path:
+def _look_up(folder: str, video: str, videos_root: Path | None) -> tuple[Path, str | None]:
     row = Row(video, 0.0, None, "", None, None, {}, os.path.join(folder, "rows.jsonl"), 0)
-    return resolve_video(row, videos_root)
+    return look_up_video(row, videos_root)
 
 
 def _probe_one(path: Path) -> VideoInfo | Finding:
@@ -546,7 +553,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="test files: nothing is shared",
     )
-    add("--videos_root", type=Path, help="folder in which relative video paths are looked up first")
+    add(
+        "--videos_root",
+        type=Path,
+        help="folder in which relative video paths are looked up first, and that no video may leave",
+    )
     add("--trim", choices=TRIM_READINGS, default="relative", help="what the times of trimmed rows count from")
     videos = parser.add_mutually_exclusive_group()
     videos.add_argument("--probe_videos", action="store_true", help="open every video")
@@ -620,8 +631,8 @@ def _say_if_moved(fix: Fix, out: Path, options: Options) -> None:
     lost = [
         row
         for row in rows
-        if os.path.exists(resolve_video(row, options.videos_root))
-        and not os.path.exists(resolve_video(replace(row, file=str(out)), options.videos_root))
+        if os.path.exists(look_up_video(row, options.videos_root)[0])
+        and not os.path.exists(look_up_video(replace(row, file=str(out)), options.videos_root)[0])
     ]
     if lost:
         folder = Path(lost[0].file).parent

@@ -369,13 +369,19 @@ def dump_record(record: Mapping[str, Any]) -> str:
 
 
 def load_annotations(
-    sources: Sequence[Source], *, max_bad_fraction: float, trim: Trim | None = None, seed: int = 0
+    sources: Sequence[Source],
+    *,
+    max_bad_fraction: float,
+    trim: Trim | None = None,
+    videos_root: Path | None = None,
+    seed: int = 0,
 ) -> list[Row]:
     """All good rows of all sources, in order, each source repeated by its weight; bad rows are named and counted in
     the log.
 
     Weight 2.0 gives every row twice, 0.5 a seeded half of them, 1.5 all of them once and a seeded half again (never
     less than one row). The same sources and `seed` give the same rows.
+    With `videos_root`, a row whose video lies outside that folder is bad (`outside_root`).
     With `trim`, windows are checked on the clip's clock too: a window that starts outside its clip makes the row bad, a
     window that only ends past it is counted in a warning, and `check_trim` decides whether the reading is the right
     one.
@@ -388,6 +394,9 @@ def load_annotations(
     num_lines = 0
     for index, source in enumerate(sources):
         good, bad = read_rows(source.path)
+        if videos_root is not None:
+            good, outside = _split_by_root(good, videos_root)
+            bad += outside
         if trim is not None:
             check_trim(good, trim)
             good, outside = _split_by_clip(good, trim)
@@ -406,6 +415,13 @@ def _weighted(rows: list[Row], weight: float, rng: random.Random) -> list[Row]:
         return rows * whole
     chosen = rng.sample(range(len(rows)), max(1, round(part * len(rows))))
     return rows * whole + [rows[index] for index in sorted(chosen)]
+
+
+def _split_by_root(rows: list[Row], root: Path) -> tuple[list[Row], list[RowProblem]]:
+    findings = {video: root_finding(row, root) for video, row in {row.video: row for row in rows}.items()}
+    good = [row for row in rows if findings[row.video] is None]
+    bad = [(row, finding) for row in rows if (finding := findings[row.video]) is not None]
+    return good, [RowProblem(row.file, row.line, *finding) for row, finding in bad]
 
 
 def _split_by_clip(rows: list[Row], trim: Trim) -> tuple[list[Row], list[RowProblem]]:
@@ -452,17 +468,70 @@ def _command(*files: str) -> str:
 
 
 def resolve_video(row: Row, videos_root: str | os.PathLike[str] | None = None) -> Path:
-    """The path of a row's video. A relative path is looked up in `videos_root` (when given), then beside the annotation
-    file, then in the working directory; where none of them exists, the first of them is returned.
+    """The path of a row's video, as `look_up_video` finds it. Raises UserError for one outside `videos_root`."""
+    path, fault = look_up_video(row, videos_root)
+    if fault is not None:
+        raise UserError(f"{row.file}:{row.line}: {fault}")
+    return path
+
+
+def look_up_video(row: Row, videos_root: str | os.PathLike[str] | None = None) -> tuple[Path, str | None]:
+    """The path of a row's video, and why it must not be opened (None when it may be).
+
+    A relative path is looked up in `videos_root` (when given), then beside the annotation file, then in the working
+    directory; where none of them exists, the first of them is returned. With `videos_root` the video must lie in that
+    folder, whichever way it was found: `..`, absolute paths and symbolic links may lead about in it, and not out of it.
     """
+    candidates = _candidates(row, videos_root)
+    allowed = candidates
+    if videos_root is not None:
+        root = os.path.realpath(videos_root)
+        allowed = [path for path in candidates if _lies_in(os.path.realpath(path), root)]
+    found = None
+    if len(candidates) > 1:  # an absolute path needs no looking up
+        found = next((path for path in allowed if os.path.exists(path)), None)
+    if videos_root is not None and found is None and candidates[0] not in allowed:
+        return candidates[0], _outside(row, candidates[0], videos_root)
+    return found or candidates[0], None
+
+
+def _candidates(row: Row, videos_root: str | os.PathLike[str] | None) -> list[Path]:
+    """Where a row's video may be, in the order of looking."""
     video = Path(os.path.expanduser(row.video))
     if video.is_absolute():
-        return video
-    folders = [Path(row.file).parent, Path()]
-    if videos_root is not None:
-        folders.insert(0, Path(videos_root))
-    candidates = [folder / video for folder in folders]
-    return next((path for path in candidates if os.path.exists(path)), candidates[0])
+        return [video]
+    roots = [] if videos_root is None else [Path(videos_root)]
+    return [folder / video for folder in (*roots, Path(row.file).parent, Path())]
+
+
+def _lies_in(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _outside(row: Row, path: Path, root: str | os.PathLike[str]) -> str:
+    """The sentence for a video outside `data.videos_root`."""
+    real = os.path.realpath(path)
+    leads = f" ({real})" if real != row.video else ""
+    return (
+        f"`video` {_show(row.video)}{leads} lies outside data.videos_root ({os.fspath(root)}); move the video there, "
+        "give the folder that holds them all, or null if you trust the annotations"
+    )
+
+
+def root_finding(row: Row, root: str | os.PathLike[str]) -> Finding | None:
+    """`outside_root` when no place that the row's `video` may mean lies in `root`, else None.
+
+    Paths are compared as written, and only those that seem to leave are looked up on disk: a link that leaves is found
+    when the video is opened, by `resolve_video`.
+    """
+    candidates = _candidates(row, root)
+    written = os.path.abspath(root)
+    if any(_lies_in(os.path.abspath(path), written) for path in candidates):
+        return None
+    real = os.path.realpath(root)
+    if any(_lies_in(os.path.realpath(path), real) for path in candidates):
+        return None
+    return "outside_root", _outside(row, candidates[0], root)
 
 
 # ---- trim

@@ -11,7 +11,9 @@ from typing import Any
 from utils.checkpoints import resolve_resume
 from utils.common import REPO_ROOT, UserError, seed_everything, write_json
 from utils.config import StrictModel, save_config
+from utils.config_yaml import parse_yaml
 from utils.logging_utils import environment_versions, get_logger, git_revision, is_rank_zero, setup_logging
+from utils.weight_files import require_safetensors
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,12 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
     Writes `config.yaml` (resolved), `environment.json` (versions, git revision) and `log.txt`; nothing is ever deleted.
     `config` is the whole typed configuration with a `training` section (seed, run_name, metrics_dir, logging_dir).
 
-    Raises UserError when the folder holds a finished run and `resume` is not given, or cannot be written.
+    Raises UserError when the folder holds a finished run and `resume` is not given, or cannot be written, and for a
+    checkpoint whose weights are pickle (`model.allow_pickle`).
     """
     resume_from = resolve_resume(output_dir, resume)
+    if resume_from:
+        require_safetensors(resume_from, allow_pickle=config.model.allow_pickle)
     training = config.training
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,9 +81,10 @@ def _record(output_dir: Path, config: StrictModel, resume_from: Path | None) -> 
 
 def _warn_if_changed(saved: Path, config: StrictModel) -> None:
     """Name the keys that differ from the run being resumed: the losses that follow are then not the same run's."""
-    import yaml
-
-    earlier = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+    value, document = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+    if document.problems:
+        raise UserError(f"the record of the run cannot be read: {document.problems[0].text}, or move the file away")
+    earlier = _flat(value or {})
     now = _flat(config.model_dump(mode="json"))
     changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
     if changed:

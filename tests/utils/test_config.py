@@ -518,6 +518,10 @@ def test_deepspeed_stages() -> None:
         ('{"a": 1', "is not valid JSON"),
         ("[]", "must hold a mapping, got list"),
         ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', 'zero_force_ds_cpu_optimizer": false'),
+        (
+            '{"torch_autocast": {"enabled": true, "lower_precision_safe_modules": ["a.b.C"]}}',
+            "must not hold torch_autocast.lower_precision_safe_modules: DeepSpeed imports what it names",
+        ),
         (None, "cannot be read"),
     ],
 )

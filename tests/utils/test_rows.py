@@ -360,8 +360,9 @@ def test_videos_resolve_beside_the_annotations_then_here(tmp_path: Path, monkeyp
         (folder / "v").mkdir()
         (folder / "v" / "a.mp4").touch()
         assert resolve_video(row) == expected
-    assert resolve_video(row, root) == notes / "v/a.mp4"
-    assert resolve_video(replace(row, video="/abs/a.mp4"), root) == Path("/abs/a.mp4")
+    assert resolve_video(replace(row, video="/abs/a.mp4")) == Path("/abs/a.mp4")
+    assert resolve_video(row, root) == root / "v/a.mp4"  # those beside the annotations and here are outside it
+    assert resolve_video(row, tmp_path) == notes / "v/a.mp4"  # and are found where they are not
 
 
 # ---- trim
