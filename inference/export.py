@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
-from inference.lineage import Lineage, base_licence, read_validation, trace  # noqa: E402
+from inference.lineage import Lineage, base_licence, is_hub_name, read_validation, trace  # noqa: E402
 from inference.model_card import PROJECT, CardFacts, rename, write_card  # noqa: E402
 from inference.video_infer import DEFAULT_NEW_TOKENS, THINKING_NEW_TOKENS  # noqa: E402
 from trainers.generation import vision_token_ids  # noqa: E402
@@ -282,7 +282,7 @@ def card_facts(plan: Plan) -> CardFacts:
     return CardFacts(
         name=plan.record.name,
         lineage=plan.lineage,
-        licence=base_licence(plan.lineage.base),
+        licence=base_licence(plan.lineage),
         contract=plan.contract,
         validation=read_validation(plan.checkpoint),
         dtype=plan.record.dtype or "its stored dtype",
@@ -342,7 +342,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
     if args.push_to_hub and not args.repo_id:
         raise UserError("--push_to_hub true needs --repo_id owner/name, the repository to write to")
-    if args.base_model and (Path(args.base_model).is_dir() or args.base_model.count("/") != 1):
+    if args.base_model and not is_hub_name(args.base_model):
         raise UserError(f"--base_model must be a name on the hub (owner/name), got {args.base_model!r}")
     if args.private is not None and not args.push_to_hub:
         raise UserError("--private is for a repository that --push_to_hub true makes; leave it out without a push")

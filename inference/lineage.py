@@ -63,7 +63,7 @@ def trace(checkpoint: Path) -> Lineage:
         if run:
             runs.append(run)
         place = earlier
-    return Lineage(tuple(reversed(runs)), place, _is_hub_name(place))
+    return Lineage(tuple(reversed(runs)), place, is_hub_name(place))
 
 
 def read_run(folder: Path) -> TrainedRun | None:
@@ -87,21 +87,29 @@ def _made_from(folder: Path) -> str | None:
     return None
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a model on the hub (`owner/name`) and is no path here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        return not Path(name).expanduser().is_dir() and resolve_source(name).base == name
-    except UserError:
+        validate_repo_id(name)
+        return "/" in name and not Path(name).is_dir() and resolve_source(name).base == name
+    except (HFValidationError, UserError):
         return False
 
 
-def base_licence(base: str) -> str:
+def base_licence(lineage: Lineage) -> str:
     """The licence of the base model as the hub spells it: by its card, where that is at hand; `other` if unknown."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
-    if base.startswith(QWEN3_VL):
+    if lineage.is_on_hub and lineage.base.startswith(QWEN3_VL):
         return QWEN3_VL_LICENCE
-    folder = Path(base).expanduser()
-    card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(base, "README.md")
+    card = (
+        try_to_load_from_cache(lineage.base, "README.md")
+        if lineage.is_on_hub
+        else Path(lineage.base).expanduser() / "README.md"
+    )
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return "other"
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license

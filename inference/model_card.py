@@ -19,7 +19,7 @@ from utils.spans import Span
 
 PROJECT = "Qwen3-VL-GRPO-VTG"
 _EXAMPLE = "the person opens the door"
-_STAGES = {"SFT": "supervised fine-tuning", "GRPO": "reinforcement learning (GRPO) with temporal rewards"}
+_STAGES = {"SFT": "supervised fine-tuning", "GRPO": "reinforcement learning with temporal rewards (GRPO)"}
 _METRIC_NAMES = {
     "absent_accuracy": "absence recognised",
     "parse_failure_rate": "unreadable answers",
@@ -86,7 +86,7 @@ def _introduction(facts: CardFacts) -> str:
     how = " and ".join(_STAGES[run.stage] for run in facts.lineage.runs) or "training"
     return (
         f'Answers "when in this video does this happen?" with start and end times in seconds. It is {_base(facts)} '
-        f"after {how} with {PROJECT}; this repository holds {what}."
+        f"after {how}, done with {PROJECT}; this repository holds {what}."
     )
 
 
@@ -183,8 +183,8 @@ def _asked(contract: PromptContract) -> str:
     table = _table(
         ("", ""),
         [
-            ("frames per second", f"{data.fps:g}, {data.min_frames} to {data.max_frames} frames a clip"),
-            ("pixels per frame", f"{data.min_pixels_per_frame:,} to {data.max_pixels_per_frame:,}"),
+            ("frames per second", f"{data.fps:g}, {_range(data.min_frames, data.max_frames)} frames a clip"),
+            ("pixels per frame", _range(data.min_pixels_per_frame, data.max_pixels_per_frame)),
             ("pixels per clip", f"{data.total_pixels:,} at most, over all frames"),
             ("tokens per prompt", f"{data.max_prompt_tokens:,} at most"),
             ("transformers", contract.transformers_version),
@@ -196,6 +196,10 @@ def _asked(contract: PromptContract) -> str:
         "`prompt_contract.json` holds the same for programs. Releases of transformers have differed in how a video is "
         "written into the prompt: serve with the one named here."
     )
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _training(facts: CardFacts) -> str:
