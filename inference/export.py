@@ -159,8 +159,11 @@ def is_exported(plan: Plan) -> bool:
     path = plan.output_dir / RECORD_FILE
     if not path.is_file() or manifest_problems(plan.output_dir):
         return False
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return {**stored, "name": plan.record.name} == asdict(plan.record)
+    try:
+        stored = Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        return False
+    return replace(stored, name=plan.record.name) == plan.record
 
 
 # ---------------------------------------------------------------------------------------------- the folder

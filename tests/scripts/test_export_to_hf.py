@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from inference.export import parse_args
 from tests.loopback_hub import REPO, TOKEN, Hub, running_hub
+from utils.checkpoints import write_manifest
 from utils.common import REPO_ROOT
+from utils.config import DataFile, load_config
+from utils.prompts import PromptContract
 
 SCRIPT = REPO_ROOT / "scripts/export_to_hf.sh"
 
@@ -26,23 +30,13 @@ def start(cwd: Path, *flags: str, hub: Hub | None = None, token: str = TOKEN) ->
     environment |= {"VTG_PYTHON": sys.executable, "HF_HOME": str(cwd / "hf"), "HF_HUB_DISABLE_XET": "1"}
     if hub is not None:
         environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": token}
-    return subprocess.run([SCRIPT, *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([SCRIPT, *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
-def checkpoint(tiny_model: Path, answering_checkpoint_files: Path, tmp_path: Path) -> Path:
-    """A full checkpoint."""
-    return Path(shutil.copytree(answering_checkpoint_files, tmp_path / "run/checkpoint-best"))
-
-
-@pytest.fixture(scope="module")
-def answering_checkpoint_files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a run saves it; nothing was learnt, which is no matter here."""
-    from utils.checkpoints import write_manifest
-    from utils.config import DataFile, load_config
-    from utils.prompts import PromptContract
-
-    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("run") / "checkpoint-best"))
+def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model as a run saves it; it has learnt nothing, which is no matter here."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "run/checkpoint-best"))
     config = load_config(DataFile, [REPO_ROOT / "configs/demo/video_config.yaml"])
     PromptContract.current(config.prompt, config.data).save(folder)
     write_manifest(folder)
@@ -70,7 +64,7 @@ def test_export_and_push(checkpoint: Path, tmp_path: Path) -> None:
     assert hub.private is True and hub.commits == ["Export with Qwen3-VL-GRPO-VTG"]
     assert hub.asked.count(f"POST /api/models/{REPO}/commit/main") == 2
     assert f'model_id = "{REPO}"' in (folder / "README.md").read_text()
-    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {__import__("torch").bfloat16}
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert TOKEN not in pushed.stdout + pushed.stderr and TOKEN.encode() not in everything(tmp_path)
 
 
