@@ -7,6 +7,7 @@ where the last one stopped. What is in the folder is `inference.export`'s matter
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -132,8 +133,9 @@ def _patiently(what: str, call: Callable[[], Result], after: str = "") -> Result
     for wait_s in (*WAITS_S, None):
         try:
             return call()
-        except (HfHubHTTPError, httpx.TransportError, RuntimeError, ValueError) as error:
-            # The library wraps what happened to one file in RuntimeError, and reads error pages as JSON (ValueError).
+        except (HfHubHTTPError, httpx.TransportError, OSError, RuntimeError, ValueError) as error:
+            # The library wraps what happened to one file in RuntimeError, reads error pages as JSON (ValueError), and
+            # Xet's faults are OSErrors.
             status = _status(error)
             if wait_s is None or not _passes(error, status):
                 raise UserError(f"{what}: {_reason(error, status)}{after}") from None  # the cause may show the token
@@ -164,7 +166,8 @@ def _passes(error: BaseException, status: int | None) -> bool:
     if status is not None:
         return status >= 500 or status in _PASSING
     # A ValueError without a status is the hub's verdict on the card, unless it is a page that is no JSON.
-    return not isinstance(error, ValueError) or "JSON" in type(error).__name__
+    is_verdict = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return not is_verdict and not isinstance(error, PermissionError)
 
 
 def _reason(error: BaseException, status: int | None) -> str:

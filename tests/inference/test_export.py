@@ -367,6 +367,16 @@ def test_the_processor_carries_the_sampling(merged_export: Path) -> None:
     assert (video.cap_pixels_per_frame, video.max_video_tokens) == (True, 2)
 
 
+def test_the_checkpoint_and_its_base_stay_as_they_are(
+    answering_adapter: Path, answering_model: Path, tmp_path: Path
+) -> None:
+    folders = (answering_adapter, answering_model)
+    before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    exported(answering_adapter, tmp_path / "merged")
+    exported(answering_adapter, tmp_path / "adapter", "--merge_lora", "false", "--base_model", "me/base")
+    assert [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders] == before
+
+
 def test_an_export_is_a_checkpoint(merged_export: Path, tmp_path: Path) -> None:
     """It can be exported again, in another dtype."""
     again = exported(merged_export, tmp_path / "again", "--dtype", "bfloat16")

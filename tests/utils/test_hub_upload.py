@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session
 
 from tests.loopback_hub import REPO, TOKEN, Hub, running_hub
@@ -181,6 +181,31 @@ def test_a_refusal_is_final(hub: Hub, folder: Path, path: str, status: int, mess
     with pytest.raises(UserError, match=message):
         push_folder(folder, REPO, private=None, message="Export")
     assert hub.asked.count(f"POST {path}") == 1 and hub.commits == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "calls"),
+    [
+        (ConnectionResetError("connection reset"), 3),
+        (RuntimeError("Data processing error: CAS service error"), 3),
+        (PermissionError("Xet: not authorised"), 1),
+        (ValueError("Invalid metadata in README.md.\n- license must be one of"), 1),
+    ],
+)
+def test_faults_without_a_status(
+    fault: Exception, calls: int, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Xet raises them, which the real hub's uploads go through: a broken line is tried again, a refusal is not."""
+    made = []
+
+    def upload(_self: HfApi, **options: str) -> None:
+        made.append(options["repo_id"])
+        raise fault
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    with pytest.raises(UserError, match=f"uploading to me/vtg: {str(fault).splitlines()[0]}") as caught:
+        push_folder(folder, REPO, private=None, message="Export")
+    assert made == [REPO] * calls and "\n" not in str(caught.value)
 
 
 def test_no_message_shows_the_token(
