@@ -95,7 +95,9 @@ LEVELS: dict[str, Level] = {
     "medium": Level(64, 4, (12, 16), (3, 3), 1, FORMS, 6, (16, 24), (2, 6), 0.25, 1, 1, 0.7, 0, 6, 0),
     "hard": Level(96, 8, (16, 30), (3, 5), 2, FORMS, 6, (16, 32), (2, 7), 0.125, 2, 1, 0.5, 12, 12, 0.5),
 }
-LEVELS["imprecise"] = replace(LEVELS["easy"], label_noise_s=1.5)
+LEVELS["imprecise"] = replace(LEVELS["easy"], label_noise_s=0.5)
+"""Half a second: with more, the window that fits such labels best on average is no longer near the true one (with 1.5 s
+its IoU with the truth is 0.73, with 0.5 s 0.94), so that nobody could learn the truth from them."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An adapter folded into its base weights, where GRPO cannot go on with the adapter itself (contract 8).
 
 TRL scores from the head's plain weight, so a LoRA pair on `lm_head` would be ignored; and an adapter cannot change its
-shape. In every other case the adapter goes on training, and nothing here is used.
+shape. In every other case the adapter goes on training. Export folds every adapter, by `merged_weights`.
 """
 
 from __future__ import annotations
@@ -96,29 +96,70 @@ def plan_start(model: ModelConfig, lora: LoraConfig, rates: LearningRates) -> Mo
 
 
 @torch.no_grad()
+def merged_weights(source: WeightSource, config: ModelConfig, dtype: torch.dtype, *, progress: bool = False) -> Any:
+    """Base + adapter as one model in `dtype`, on the CPU. Every sum is made in fp32 and rounded once.
+
+    `config.tie_word_embeddings` of the result says what the weights are: a tied pair stays tied as long as both
+    matrices are equal. Raises UserError when the base or the adapter cannot be loaded.
+    """
+    assert source.adapter is not None
+    tower = source.contract.vision_tower if source.contract else None
+    base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
+    was_tied = bool(base.config.tie_word_embeddings)
+    options = {"fp32_copies": True, "allow_pickle": config.allow_pickle}
+    wrapped = load_adapter(base, source.adapter, trainable=False, **options)
+    if was_tied:
+        _own_head(wrapped)
+    merged = wrapped.merge_and_unload(progressbar=progress).to(dtype)
+    if was_tied:
+        _settle_tying(merged)
+    return merged
+
+
+def _own_head(wrapped: Any) -> None:
+    """Give the head a matrix of its own where a low-rank pair sits on it or on the embedding it is tied to.
+
+    Merging adds to the matrix in place, so the pair would change both. PEFT only warns.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = wrapped.get_base_model()
+    head = base.get_output_embeddings()
+    if any(isinstance(layer, BaseTunerLayer) for layer in (head, base.get_input_embeddings())):
+        linear = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+
+def _settle_tying(model: Any) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = torch.equal(embedding.weight, head.weight)
+    if tied:
+        head.weight = embedding.weight
+    for config in (model.config, model.config.text_config):  # PEFT corrects the first alone
+        config.tie_word_embeddings = tied
+
+
+@torch.no_grad()
 def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
     """Write base + adapter as a full checkpoint with processor, prompt contract and manifest; nothing half-written."""
     assert source.adapter is not None
-    dtype = getattr(torch, config.torch_dtype)
-    tower = source.contract.vision_tower if source.contract else None
-    base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
-    options = {"fp32_copies": False, "allow_pickle": config.allow_pickle}
-    merged = load_adapter(base, source.adapter, trainable=False, **options).merge_and_unload().to(dtype)
+    merged = merged_weights(source, config, getattr(torch, config.torch_dtype))
     unfinished = target.with_name(f".{target.name}.unfinished")
     with saving(target, sum(p.numel() * p.element_size() for p in merged.parameters())):
         merged.save_pretrained(unfinished)
         load_processor(source, config).save_pretrained(unfinished)
         if source.contract is not None:
             source.contract.save(unfinished)
-        write_json(unfinished / ORIGIN_FILE, {"adapter": str(source.adapter), "sha256": _digest(source.adapter)})
+        write_json(unfinished / ORIGIN_FILE, {"adapter": str(source.adapter), "sha256": weights_digest(source.adapter)})
     write_manifest(unfinished)
     replace_folder(unfinished, target)
 
 
-def _digest(adapter: Path) -> str:
-    """Of the adapter's weights: a later run may have left others under the same name."""
+def weights_digest(folder: Path) -> str:
+    """sha256 of the weights (an adapter's or a model's) in `folder`: a later run may leave others under the same
+    name."""
     digest = hashlib.sha256()
-    for path in sorted(adapter.glob("adapter_model*")):
+    for path in sorted(folder.glob("*model*.safetensors")):
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
@@ -127,7 +168,7 @@ def _digest(adapter: Path) -> str:
 def _require_same_adapter(source: WeightSource, target: Path) -> None:
     assert source.adapter is not None
     origin = json.loads((target / ORIGIN_FILE).read_text(encoding="utf-8"))
-    if origin["sha256"] != _digest(source.adapter):
+    if origin["sha256"] != weights_digest(source.adapter):
         raise UserError(
             f"{target} was merged from other weights ({origin['adapter']}) than those of {source.adapter}. Choose "
             "another --output_dir, or remove that folder if no checkpoint of the earlier run is needed"

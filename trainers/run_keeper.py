@@ -242,6 +242,7 @@ class RunKeeper(Trainer):
             for index, text in sorted(predictions.items()):
                 row = dataset.rows[index]
                 record = {"video": row.video, "sentence": row.sentence, "timestamp": row.timestamp, "answer": text}
+                record |= dataset.scored_sample(index, text)  # what the metrics and their intervals are made of
                 handle.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     # ------------------------------------------------------------------ checkpoints

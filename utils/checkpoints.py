@@ -20,6 +20,7 @@ from utils.logging_utils import human_bytes
 MANIFEST_FILE = "manifest.json"
 BEST, FINAL = "checkpoint-best", "checkpoint-final"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+_RESUME = "start the same command with --resume_from_checkpoint auto"
 _DISK_FULL_WORDS = ("no space left", "disk quota", "failed writing file", "enospc")
 
 
@@ -112,27 +113,26 @@ def resolve_resume(output_dir: Path, resume: str | None) -> Path | None:
     return folder
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise UserError when the disk that holds `folder` has less than `needed_bytes` free."""
+def require_space(folder: Path, needed_bytes: int, then: str = _RESUME) -> None:
+    """Raise UserError when the disk that holds `folder` has less than `needed_bytes` free; `then` ends its remedy."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
             f"not enough disk space to save {folder}: about {human_bytes(needed_bytes)} needed, {human_bytes(free)} "
             f"free. "
-            "Earlier checkpoints are untouched; free some space (or choose another --output_dir), then start the same "
-            "command with --resume_from_checkpoint auto"
+            f"Earlier checkpoints are untouched; free some space (or choose another --output_dir), then {then}"
         )
 
 
 @contextmanager
-def saving(folder: Path, needed_bytes: int) -> Iterator[None]:
+def saving(folder: Path, needed_bytes: int, then: str = _RESUME) -> Iterator[None]:
     """Guard a save into `folder`: check the space first, and turn a disk that fills up meanwhile into a UserError.
 
     Writers report a full disk in different classes (OSError, RuntimeError of torch, SafetensorError), so the words
     count.
     """
-    require_space(folder, needed_bytes)
+    require_space(folder, needed_bytes, then)
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -142,9 +142,7 @@ def saving(folder: Path, needed_bytes: int) -> Iterator[None]:
         raise UserError(
             f"the disk filled up while saving {folder} (about {human_bytes(needed_bytes)} needed). The folder is "
             f"incomplete "
-            "and will be passed over; earlier checkpoints are untouched. Free some space, then start the same command "
-            "with "
-            "--resume_from_checkpoint auto"
+            f"and will be passed over; earlier checkpoints are untouched. Free some space, then {then}"
         ) from error
 
 

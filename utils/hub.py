@@ -26,16 +26,24 @@ def require_hub(name: str) -> None:
 
     Raises UserError when no connection can be made, or none within the time limit.
     """
-    from transformers.utils.hub import constants, is_offline_mode
+    from transformers.utils.hub import is_offline_mode
 
-    if Path(name).expanduser().is_dir() or is_offline_mode() or _is_cached(name):
-        return
+    if not (Path(name).expanduser().is_dir() or is_offline_mode() or _is_cached(name)):
+        require_endpoint(
+            repr(name), ", or give a downloaded folder instead of a hub name (model.name_or_path, --model_path)"
+        )
+
+
+def require_endpoint(what: str, otherwise: str = "") -> None:
+    """Make sure that the hub answers at all. Raises UserError, naming `what` was to be loaded, when it does not."""
+    from transformers.utils.hub import constants
+
     reason = _why_unreachable(constants.ENDPOINT)
     if reason:
         _why_unreachable.cache_clear()  # in a notebook the network may be mended before the next try
         raise UserError(
-            f"cannot load {name!r}: {constants.ENDPOINT} cannot be reached ({reason}). Check the network, HF_ENDPOINT "
-            "and HTTPS_PROXY, or give a downloaded folder instead of a hub name (model.name_or_path, --model_path)"
+            f"cannot load {what}: {constants.ENDPOINT} cannot be reached ({reason}). Check the network, HF_ENDPOINT "
+            f"and HTTPS_PROXY{otherwise}"
         )
 
 

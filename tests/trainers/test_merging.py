@@ -58,3 +58,15 @@ def test_a_plan_merges_nothing(start: ModelConfig, answering_model: Path, tmp_pa
     planned = plan_start(start, FULL, RATES)
     assert planned.name_or_path == str(answering_model)
     assert not (tmp_path / MERGED).exists()
+
+
+def test_the_merge_is_one_rounding_of_an_exact_sum(start: ModelConfig, answering_model: Path, tmp_path: Path) -> None:
+    """In bf16: base rounded, then base + delta rounded once, with the delta from the fp32 adapter."""
+    rounded = start.model_copy(update={"torch_dtype": "bfloat16"})
+    merged = load_file(Path(settle_start(rounded, FULL, RATES, tmp_path).name_or_path) / "model.safetensors")
+    base = load_file(answering_model / "model.safetensors")
+    adapter = load_file(Path(start.name_or_path) / "adapter_model.safetensors")
+    name = "model.language_model.layers.2.mlp.up_proj"
+    low, high = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    expected = (base[f"{name}.weight"].bfloat16().float() + 2 * (high @ low)).bfloat16()
+    assert torch.equal(merged[f"{name}.weight"], expected)
