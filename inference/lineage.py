@@ -6,6 +6,7 @@ The facts of a model card; `inference.model_card` puts them into words. What is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,8 @@ def read_validation(checkpoint: Path) -> Validation | None:
     saved = _read_metrics(checkpoint / "metrics.json")
     step = int(saved["step"]) if saved else step_of(checkpoint)
     samples = _read_samples(checkpoint.parent / "validation" / f"step-{step}.jsonl")
-    scores = {name: saved[f"eval_{name}"] for name in (*METRICS, "num_samples")} if saved else {}
+    stored = {name: saved[f"eval_{name}"] for name in (*METRICS, "num_samples")} if saved else {}
+    scores = {name: math.nan if value is None else value for name, value in stored.items()}  # JSON has no NaN
     if samples and scores and abs(evaluate(samples)["mIoU"] - scores["mIoU"]) > 1e-6:
         get_logger().warning("validation/step-%d.jsonl is of another run than %s: no intervals", step, checkpoint)
         samples = []

@@ -280,6 +280,9 @@ class RunKeeper(Trainer):
         return target
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            # DeepSpeed hands over every name; transformers then no longer sees that the head is the embeddings.
+            state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.setup.contract.save(Path(output_dir or self.args.output_dir))
