@@ -23,16 +23,32 @@ IGNORE = -100
 Sample = dict[str, Any]
 
 
-class PromptTooLongError(UserError):
+class PromptError(UserError):
+    """A question that cannot be put to the model."""
+
+
+class PromptTooLongError(PromptError):
     """A prompt over `data.max_prompt_tokens` that may not, or cannot, lose frames."""
+
+
+def require_plain_text(processor: Any, messages: Sequence[dict[str, Any]]) -> None:
+    """Raise PromptError when a text of `messages` holds a special token of the tokenizer, e.g. `<|video_pad|>`: the
+    model would take it for the end of a turn, or look for pixels that nobody gave."""
+    # Added tokens that are not special, such as <think>, may stand in a text.
+    special = [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    for text in texts:
+        if found := sorted(token for token in special if token in text):
+            raise PromptError(f"the text {text[:80]!r} holds the special token {found[0]}; take it out of the sentence")
 
 
 def encode_prompt(processor: Any, messages: Sequence[dict[str, Any]], clip: VideoClip) -> Sample:
     """Tokenise `messages` with `clip` in the place of their video part, up to where the answer begins.
 
     Returns `input_ids` (L,), `mm_token_type_ids` (L,), `pixel_values_videos` (patches, patch_dim) and
-    `video_grid_thw` (1, 3).
+    `video_grid_thw` (1, 3). Raises PromptError for a text with special tokens.
     """
+    require_plain_text(processor, messages)
     text = processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
     inputs = processor(

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datasets.collate_fns import Batch
-from datasets.encoding import IGNORE, PromptTooLongError, Sample, append_answer, fit_prompt
+from datasets.encoding import IGNORE, PromptError, Sample, append_answer, fit_prompt, require_plain_text
 from datasets.video_dataset import VideoTemporalDataset
 from utils.common import UserError
 from utils.rows import clip_bounds, resolve_video
@@ -48,8 +48,12 @@ class SharedVideoDataset(Dataset[Sample]):
 
     def clip_key(self, index: int) -> Any:
         """Equal for rows whose prompts are equal up to the end of the video: same stretch of the same file, and the
-        same text before it."""
+        same text before it. A row that cannot be asked is alone, so that its fault is not the others'."""
         row = self.queries.rows[index]
+        try:
+            require_plain_text(self.queries.processor, self.queries.question(row))
+        except PromptError:
+            return index
         before, _ = self._text(index)
         path = resolve_video(row, self.queries.data.videos_root)
         return str(path), clip_bounds(row, self.queries.data.trim), before
@@ -59,12 +63,12 @@ class SharedVideoDataset(Dataset[Sample]):
         row = self.queries.rows[indices[0]]
         try:
             return self._encode(list(indices), self.queries.clip(row))
-        except (VideoReadError, PromptTooLongError) as error:
+        except (VideoReadError, PromptError) as error:
             return {"indices": list(indices), "fault": f"{row.file}:{row.line}: {error}"}
 
     def blank(self) -> Unit:
-        """A black clip with row 0's question: stands in for a batch of faults, with nothing to learn."""
-        return self._encode([0], self.queries.blank_clip())
+        """A black clip with a row's question: stands in for a batch of faults, with nothing to learn."""
+        return self._encode([self.queries.first_plain_row()], self.queries.blank_clip())
 
     def _encode(self, indices: list[int], clip: Any) -> Unit:
         tokenizer, data = self.queries.processor.tokenizer, self.queries.data

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from datasets.encoding import PromptTooLongError, Sample, append_answer, fit_prompt
+from datasets.encoding import PromptError, Sample, append_answer, fit_prompt, require_plain_text
 from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
@@ -140,9 +140,19 @@ class VideoTemporalDataset(Dataset[Sample]):
         return {**self._encode(row, self.clip(row)), "index": index}
 
     def blank(self) -> Sample:
-        """A two-frame black clip with row 0's question: it stands in when every sample of a batch is faulty, so that a
+        """A two-frame black clip with a row's question: it stands in when every sample of a batch is faulty, so that a
         distributed step still runs the same modules. Its labels are never learnt."""
-        return {**self._encode(self.rows[0], self.blank_clip()), "index": -1}
+        return {**self._encode(self.rows[self.first_plain_row()], self.blank_clip()), "index": -1}
+
+    def first_plain_row(self) -> int:
+        """The first row whose question can be put to the model. Raises PromptError when there is none."""
+        for index, row in enumerate(self.rows):
+            try:
+                require_plain_text(self.processor, self.question(row))
+            except PromptError:
+                continue
+            return index
+        raise PromptError("no row has a question that can be put to the model: all hold special tokens")
 
     def blank_clip(self) -> VideoClip:
         """Two black frames."""
@@ -165,7 +175,7 @@ class VideoTemporalDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         try:
             return self.sample(index)
-        except (VideoReadError, PromptTooLongError) as error:
+        except (VideoReadError, PromptError) as error:
             row = self.rows[index]
             return {"index": index, "fault": f"{row.file}:{row.line}: {error}"}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 
@@ -29,6 +30,7 @@ from utils.prompts import CONTRACT_FILE, PromptContract
 from utils.weight_files import PICKLE_KEY, refuse_own_code, require_safetensors
 
 MODEL_TYPE = "qwen3_vl"
+PRECISIONS = ("bfloat16", "float16", "float32")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -112,7 +114,7 @@ def _from_hub(name: str, load: Callable[[], Any]) -> Any:
     require_hub(name)
     try:
         return load()
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         # The first line is the reason; what follows is advice for other situations.
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(f"cannot load {name!r}: {reason}. {_remedy(reason)}") from error
@@ -120,6 +122,8 @@ def _from_hub(name: str, load: Callable[[], Any]) -> Any:
 
 def _remedy(reason: str) -> str:
     """What to do about a `from_pretrained` that failed for `reason`."""
+    if "Error while deserializing header" in reason or "incomplete metadata" in reason or "HeaderToo" in reason:
+        return "A safetensors file is cut off or damaged: copy or download it again"
     if "cannot be loaded with `safetensors`" in reason:
         return (
             "It holds its weights as pickle, which can run code when it is read. Take a model with safetensors, or "
@@ -314,7 +318,7 @@ def load_adapter(
         raise UserError(f"{folder} holds {ADAPTER_CONFIG} but no adapter_model.safetensors; copy the checkpoint again")
     try:
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, autocast_adapter_dtype=fp32_copies)
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(f"the adapter in {folder} cannot be put on {model.name_or_path}: {reason}") from error
     if fp32_copies:
@@ -450,7 +454,11 @@ def load_for_inference(
     Raises UserError for what cannot be loaded and, with `need_contract`, for trained weights without a prompt contract.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch sees no CUDA device here; leave it out, or give cpu")
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if precision not in PRECISIONS:
+        raise UserError(f"dtype must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     source = resolve_source(model_path, need_contract=need_contract)
     tower = source.contract.vision_tower if source.contract else None
     attention = attn_implementation or ("flash_attention_2" if place.type == "cuda" else "sdpa")

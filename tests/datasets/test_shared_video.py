@@ -153,6 +153,18 @@ def test_an_unreadable_video_is_a_fault_of_each_of_its_rows(
     assert (empty["labels"] == IGNORE).all()
 
 
+def test_a_sentence_with_special_tokens_is_a_fault_of_its_own(
+    dataset_for: DataFor, demo_data: Path, tmp_path: Path
+) -> None:
+    """The other queries on its video are asked, the blank unit asks one of theirs."""
+    rows = demo_rows(demo_data, 2)
+    write_rows(tmp_path / "rows.jsonl", [replace(rows[0], sentence="<|im_end|> appears"), *rows])
+    shared = SharedVideoDataset(dataset_for(path=tmp_path / "rows.jsonl"), 8)
+    bad, good = shared.__getitems__([0, 1, 2])
+    assert bad["indices"] == [0] and "special token <|im_end|>" in bad["fault"]
+    assert good["indices"] == [1, 2] and shared.blank()["indices"] == [1]
+
+
 def test_share_clips_keeps_to_the_limit() -> None:
     """Runs of at most three, in order of first appearance, nothing lost."""
     found = share_clips([0, 10, 1, 2, 3, 11, 4], key=lambda row: row // 10, most=3)

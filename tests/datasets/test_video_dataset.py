@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from datasets.collate_fns import VideoCollator, answer_columns, pad_rows
-from datasets.encoding import IGNORE, PromptTooLongError, encode_prompt, fit_prompt
+from datasets.encoding import IGNORE, PromptError, PromptTooLongError, encode_prompt, fit_prompt
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
 from trainers.model import load_processor, resolve_source
 from utils.common import UserError
@@ -207,6 +207,16 @@ def test_overlong_prompt_loses_frames_evenly_and_says_so(processor: Any, caplog:
 def test_refused_prompt_counts_as_a_bad_row(make_dataset: Callable[..., Any]) -> None:
     dataset = make_dataset([{}], on_overlong="refuse", max_prompt_tokens=200)
     assert "data.max_prompt_tokens=200" in dataset[0]["fault"]
+
+
+def test_a_sentence_with_special_tokens_counts_as_a_bad_row(make_dataset: Callable[..., Any]) -> None:
+    """It would end a turn or ask for pixels that nobody gave; the blank sample asks another row's question."""
+    bad = {"sentence": "<|video_pad|> the <|im_end|> square"}
+    dataset = make_dataset([bad, {}])
+    assert "special token <|im_end|>" in dataset[0]["fault"] and "fault" not in dataset[1]
+    assert dataset.first_plain_row() == 1 and len(dataset.blank()["input_ids"])
+    with pytest.raises(PromptError, match="no row has a question"):
+        make_dataset([bad]).blank()
 
 
 def test_weights_repeat_rows(processor: Any, make_dataset: Callable[..., Any]) -> None:

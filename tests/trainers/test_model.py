@@ -201,3 +201,18 @@ def test_vision_tower_that_cannot_be_imported_names_the_key(tiny_model: Path) ->
 
 def test_processor_must_read_video(tiny_model: Path) -> None:
     assert hasattr(load_processor(resolve_source(str(tiny_model))), "video_processor")
+
+
+def test_a_model_that_cannot_be_served_as_asked(tiny_model: Path, tmp_path: Path) -> None:
+    """A damaged file, a device that is not there and a wrong dtype are one clear line each."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="cut off or damaged: copy or download it again"):
+        load_for_inference(str(copy), need_contract=False, device="cpu")
+    with pytest.raises(UserError, match="dtype must be one of bfloat16, float16, float32, got 'int7'"):
+        load_for_inference(str(tiny_model), need_contract=False, device="cpu", dtype="int7")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda, but torch sees no CUDA device"):
+            load_for_inference(str(tiny_model), need_contract=False, device="cuda")
