@@ -118,7 +118,7 @@ def test_documented_defaults() -> None:
 def test_keys_shared_with_sft_agree() -> None:
     """But for those that GRPO sets otherwise on purpose."""
     own, sft = RLTrainingConfig().model_dump(), SFTTrainingConfig().model_dump()
-    assert set(sft) - set(own) == {"max_new_tokens", "group_by_length"}
+    assert set(sft) - set(own) == {"max_new_tokens", "group_by_length", "share_video", "max_queries_per_video"}
     assert {name for name in set(own) & set(sft) if own[name] != sft[name]} == {
         "learning_rate",
         "mm_projector_lr",
