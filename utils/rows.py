@@ -452,7 +452,8 @@ def _judge(problems: list[RowProblem], num_lines: int, max_bad_fraction: float) 
         log.warning("bad annotation row: %s", problem)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
     fraction = len(bad_lines) / num_lines
-    summary = f"{len(bad_lines)} of {num_lines} annotation rows are bad ({100 * fraction:.3g} %: {kinds})"
+    percent = f"{float(f'{100 * fraction:.2g}'):g}"  # two digits, and no 1e+02
+    summary = f"{len(bad_lines)} of {num_lines} annotation rows are bad ({percent} %: {kinds})"
     advice = f"list them with: {_command(*dict.fromkeys(problem.file for problem in problems))}"
     if len(bad_lines) == num_lines:
         raise UserError(f"{summary}, so nothing is left to use; first: {problems[0]}; {advice}")
