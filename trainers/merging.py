@@ -17,7 +17,7 @@ import torch
 
 from trainers.model import ADAPTER_CONFIG, WeightSource, load_adapter, load_base, load_processor, resolve_source
 from trainers.parts import LearningRates
-from utils.checkpoints import manifest_problems, replace_folder, saving, write_manifest
+from utils.checkpoints import manifest_problems, replace_folder, saving, start_save, unfinished_of, write_manifest
 from utils.common import UserError, write_json
 from utils.config import LoraConfig, ModelConfig
 from utils.logging_utils import get_logger, is_rank_zero
@@ -103,8 +103,9 @@ def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
     tower = source.contract.vision_tower if source.contract else None
     base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
     merged = load_adapter(base, source.adapter, trainable=False, fp32_copies=False).merge_and_unload().to(dtype)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = unfinished_of(target)
     with saving(target, sum(p.numel() * p.element_size() for p in merged.parameters())):
+        start_save(unfinished)
         merged.save_pretrained(unfinished)
         load_processor(source).save_pretrained(unfinished)
         if source.contract is not None:
