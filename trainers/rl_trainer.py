@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -173,9 +172,6 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
             seed=self.args.seed,
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
         )
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
 
     @property
     def between_generations(self) -> bool:

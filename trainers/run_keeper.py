@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -151,6 +152,9 @@ class RunKeeper(Trainer):
             return outlive_sigterm(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = training_collator
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # Trainer's would decode every video to group rows by length
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
