@@ -450,8 +450,9 @@ class RunKeeper(Trainer):
     # ------------------------------------------------------------------ logs
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's record, with every group's learning rate, throughput and peak memory beside the loss."""
-        if "train_runtime" in logs and self.state.global_step == self._initial_global_step:
-            return  # the summary of no step
+        no_step = self.state.global_step == self._initial_global_step
+        if "train_runtime" in logs and (self.stop.agreed or no_step):
+            return  # a summary of the run comes at its end
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
