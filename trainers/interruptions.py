@@ -50,7 +50,8 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
         self._since = 0.0
-        self._saved_step = -1
+        self.saved_step = -1
+        """The step of the last `checkpoint-<step>`."""
 
     def asked(self) -> bool:
         """Whether the run is to stop. Collective: every process asks at the same places."""
@@ -80,7 +81,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Asked during a validation or a save: this checkpoint is the one to go on from."""
-        self._saved_step = state.global_step
+        self.saved_step = state.global_step
         if self._may_stop() and self.asked():
             control.should_training_stop = True
 
@@ -88,7 +89,7 @@ class StopOnSignal(TrainerCallback):
         """Trainer ends an epoch that was broken off like any other: no validation then, and no second save."""
         if self.agreed:
             control.should_evaluate = False
-            control.should_save = control.should_save and self._saved_step != state.global_step
+            control.should_save = control.should_save and self.saved_step != state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back, and say how to go on."""

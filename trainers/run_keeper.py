@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,6 +125,7 @@ class RunKeeper(Trainer):
         patience = setup.early_stopping_patience
         self.patience = EarlyStoppingCallback(early_stopping_patience=patience) if patience is not None else None
         self._resumed_from: Path | None = None
+        self._may_break_off = False
 
     def watch(self) -> None:
         """Add the project's callbacks in the place of Trainer's own progress output."""
@@ -239,7 +241,7 @@ class RunKeeper(Trainer):
             return
         self.at_train_begin()
         if self._validation_is_due():
-            self._validate_what_was_due()
+            self._unless_stopped(self._validate_what_was_due)
 
     def _is_over(self) -> bool:
         patience = self.patience
@@ -265,22 +267,29 @@ class RunKeeper(Trainer):
         return step % self.state.eval_steps == 0 and args.eval_delay <= step
 
     def _validate_what_was_due(self) -> None:
-        try:
-            metrics = self._evaluate(None, None)
-            self._determine_best_metric(metrics, None)
-        except ValidationStopped:  # the checkpoint it would be made up from again is the one we came from
-            self.control.should_training_stop = True
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics, None)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
     ) -> None:
         """Trainer's; a validation that is broken off leaves a checkpoint, and waits for the resumed run."""
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
-        except ValidationStopped:
-            self.control.should_training_stop = True
+        trainers_own = partial(super()._maybe_log_save_evaluate, tr_loss, grad_norm, model, trial, *args, **kw)
+        if not self._unless_stopped(trainers_own) and self.stop.saved_step != self.state.global_step:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _unless_stopped(self, validate: Callable[[], None]) -> bool:
+        """Call what may validate; False if the run was asked to stop in the middle of that."""
+        self._may_break_off = True
+        try:
+            validate()
+        except ValidationStopped:
+            self.control.should_training_stop = True
+            return False
+        finally:
+            self._may_break_off = False
+        return True
 
     def progress(self) -> dict[str, Any]:
         """What this process has counted and not yet logged."""
@@ -356,7 +365,7 @@ class RunKeeper(Trainer):
     def _until_asked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until the run is to stop: a validation may take longer than a scheduler waits."""
         for batch in batches:
-            if self.is_in_train and self.may_stop() and self.stop.asked():
+            if self._may_break_off and self.may_stop() and self.stop.asked():
                 raise ValidationStopped
             yield batch
 
@@ -450,9 +459,8 @@ class RunKeeper(Trainer):
     # ------------------------------------------------------------------ logs
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's record, with every group's learning rate, throughput and peak memory beside the loss."""
-        no_step = self.state.global_step == self._initial_global_step
-        if "train_runtime" in logs and (self.stop.agreed or no_step):
-            return  # a summary of the run comes at its end
+        if "train_runtime" in logs and (self.stop.agreed or self.state.global_step == self._initial_global_step):
+            return  # the summary comes once, when a run ends
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
