@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from utils.common import UserError, write_json
 from utils.logging_utils import human_bytes
 
 MANIFEST_FILE = "manifest.json"
 BEST, FINAL = "checkpoint-best", "checkpoint-final"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
-_DISK_FULL_WORDS = ("no space left", "disk quota", "failed writing file", "enospc")
+_DISK_FULL_WORDS = ("no space left", "disk quota", "failed writing file", "enospc", "unexpected pos")
+"""As writers report a full disk, the last one of torch.save."""
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -204,13 +207,12 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 def saving(folder: Path, needed_bytes: int) -> Iterator[None]:
     """Guard a save into `folder`: check the space first, and turn a disk that fills up meanwhile into a UserError.
 
-    Writers report a full disk in different classes (OSError, RuntimeError of torch, SafetensorError), so the words
-    count.
+    Writers report a full disk in different classes, so the words count.
     """
     require_space(folder, needed_bytes)
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(word in str(error).lower() for word in _DISK_FULL_WORDS):
             raise

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
@@ -291,7 +292,7 @@ def test_a_best_checkpoint_cut_off_leaves_the_one_before(
     def full(folder: str, **options: Any) -> None:
         plain(folder, **options)
         (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"while saving {best} \(about .* needed\)"):
         patch.setattr(trainer, "save_model", full)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from utils import checkpoints
 from utils.checkpoints import (
@@ -168,7 +169,13 @@ def test_no_space_names_path_and_need(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),  # torch.save, seen
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),  # seen
+    ],
 )
 def test_a_disk_that_fills_up_is_a_user_error(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(UserError, match="the disk filled up while saving"), saving(tmp_path / "c", 10):
