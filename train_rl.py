@@ -90,8 +90,8 @@ def main() -> int:
     trainer = VideoGRPOTrainer(policy, train_set, val_set, reward, training_args, setup, rollout)
     contract.save(run.output_dir)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    if trainer.interrupted:
-        return 130
+    if trainer.exit_status:
+        return trainer.exit_status
     trainer.finish()
     if is_rank_zero():
         get_logger().info("curves: %s", plot_curves(run.metrics_path, run.curves_path))

@@ -78,8 +78,8 @@ def main() -> int:
     trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)
     contract.save(run.output_dir)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    if trainer.interrupted:
-        return 130
+    if trainer.exit_status:
+        return trainer.exit_status
     trainer.finish()
     if is_rank_zero():
         get_logger().info("curves: %s", plot_curves(run.metrics_path, run.curves_path))

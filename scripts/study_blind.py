@@ -119,9 +119,9 @@ def train_blind(config: SFTConfig, folder: Path) -> bool:
         return True
     trainer = blind_trainer(config, folder, run)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    if not trainer.interrupted:
+    if not trainer.exit_status:
         trainer.finish()
-    return not trainer.interrupted
+    return not trainer.exit_status
 
 
 def is_done(config: SFTConfig, run: Run) -> bool:

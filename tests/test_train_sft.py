@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -186,6 +187,40 @@ def test_full_disk_leaves_the_earlier_checkpoint(
     last = result.err.strip().splitlines()[-1]
     assert result.status == 2 and "not enough disk space" in last and "needed" in last
     assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "progress.json", "manifest.json"])
+def test_disk_that_fills_up_in_a_save(
+    name: str, arguments: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a file is written: the checkpoint before is whole, and with space again the run goes on from there."""
+    place = tmp_path / "run/checkpoint-4"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fails_for(place / name, os.replace))
+        patch.setattr("torch.save", fails_for(place / name, torch.save))
+        result = run(arguments)
+    last = result.err.strip().splitlines()[-1]
+    assert result.status == 2 and "Traceback" not in result.err
+    assert last.startswith(f"error: the disk filled up while saving {place} (about ") and " needed)" in last
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert manifest_problems(tmp_path / "run/checkpoint-best") == []
+    resumed = run(arguments, "--resume_from_checkpoint", "auto")
+    assert resumed.status == 0
+    assert f"warn  {place} is passed over, going on from checkpoint-2: it is not complete" in resumed.err
+    assert "is passed over" in (tmp_path / "run/log.txt").read_text()
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+
+
+def fails_for(place: Path, plain: Callable[..., None]) -> Callable[..., None]:
+    """`plain(source, target)`, on a disk that is full when it comes to `place`."""
+
+    def write(source: object, target: object, *more: object, **options: object) -> None:
+        if Path(str(target)) != place:
+            return plain(source, target, *more, **options)
+        place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return write
 
 
 def test_video_that_vanishes_mid_run_stops_with_its_name(

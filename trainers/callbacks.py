@@ -1,16 +1,11 @@
-"""What the trainers watch and count beside the loss: faults, speed, the metrics file, a first Ctrl-C. Shared by SFT and
-RL."""
+"""What the trainers watch and count beside the loss: faults, speed, the metrics file. Shared by SFT and RL."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -149,49 +144,6 @@ def _validation_words(logs: Mapping[str, Any]) -> str:
     words += [f"R1@{t} {logs[f'eval_R1@{t}']:.1f}" for t in ("0.3", "0.5", "0.7")]
     words.append(f"unreadable answers {logs['eval_parse_failure_rate']:.1f} %")
     return "  ".join([*words, f"({logs['eval_num_samples']} queries, {logs['eval_runtime']:.0f} s)"])
-
-
-class StopOnInterrupt(TrainerCallback):
-    """First Ctrl-C: finish the step, save a checkpoint, stop. Second: stop at once.
-
-    One process only: under torchrun the ranks would stop at different steps, so there Ctrl-C keeps its plain meaning
-    and the run goes on from its last complete checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-        self._pid = os.getpid()
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Install the handler (signals reach the main thread only)."""
-        if args.world_size <= 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            return  # a forked data worker, which Ctrl-C reaches as well: it must live until the step is done
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        get_logger().warning("interrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once)")
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop once asked to; a validation that is due waits for the resumed run."""
-        if self.requested:
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the signal back, and say how to go on."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-        if self.requested:
-            get_logger().warning(
-                "stopped at step %d of %d; the same command with --resume_from_checkpoint auto goes on from there",
-                state.global_step, state.max_steps,
-            )  # fmt: skip
 
 
 class MetricsCallback(TrainerCallback):

@@ -17,7 +17,7 @@ import torch
 
 from trainers.model import ADAPTER_CONFIG, WeightSource, load_adapter, load_base, load_processor, resolve_source
 from trainers.parts import LearningRates
-from utils.checkpoints import manifest_problems, replace_folder, saving, write_manifest
+from utils.checkpoints import manifest_problems, replace_folder, saving, start_save, unfinished_of, write_manifest
 from utils.common import UserError, write_json
 from utils.config import LoraConfig, ModelConfig
 from utils.logging_utils import get_logger, is_rank_zero
@@ -144,8 +144,9 @@ def merge(source: WeightSource, config: ModelConfig, target: Path) -> None:
     """Write base + adapter as a full checkpoint with processor, prompt contract and manifest; nothing half-written."""
     assert source.adapter is not None
     merged = merged_weights(source, config, getattr(torch, config.torch_dtype))
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = unfinished_of(target)
     with saving(target, sum(p.numel() * p.element_size() for p in merged.parameters())):
+        start_save(unfinished)
         merged.save_pretrained(unfinished)
         load_processor(source, config).save_pretrained(unfinished)
         if source.contract is not None:

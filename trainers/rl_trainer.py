@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -40,8 +39,8 @@ from trainers.rollout_batches import (
     until_end,
     widen,
 )
-from trainers.rollout_log import ROLLOUTS_FILE, append_records, flat_cause, group_record
-from trainers.run_keeper import RunKeeper, TrainingSetup
+from trainers.rollout_log import ROLLOUTS_FILE, append_records, flat_cause, group_record, supersede
+from trainers.run_keeper import RunKeeper, TrainingSetup, rng_kept
 from trainers.shared_prefix import (
     Packed,
     Prompt,
@@ -174,13 +173,14 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
         )
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
-
     @property
     def between_generations(self) -> bool:
         """Whether the next step samples anew, so that nothing of the buffer would be lost by stopping here."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def may_stop(self) -> bool:
+        """Between two generations, and after the last step."""
+        return self.between_generations or self.state.global_step >= self.state.max_steps
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but what it shuffles by row is put together by group again: a micro-batch holds whole groups."""
@@ -372,8 +372,10 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
     def at_train_begin(self) -> None:
         """The blindness guard (contract 4) and the comparison of the two paths (contract 9), alike on every rank."""
         super().at_train_begin()
+        if self.rollout.log_rollouts and self.is_world_process_zero():
+            supersede(Path(str(self.args.output_dir)) / ROLLOUTS_FILE, self.state.global_step)
         sample = self._first_readable()
-        with torch.random.fork_rng():
+        with rng_kept(self.args.device):
             if self.setup.blindness_guard:
                 get_logger().info(check_sees_video(self.model_wrapped, self._labelled(sample)))
             if self.rollout.share_prefix and self.rollout.check_sharing:
@@ -445,12 +447,24 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
         with without_reference(self.model):
             super()._save(output_dir, {name: value for name, value in weights.items() if ".ref." not in name})
 
+    def progress(self) -> dict[str, Any]:
+        """With the rollouts' figures that the next record will average."""
+        return {
+            **super().progress(),
+            "metrics": {key: list(map(float, v)) for key, v in self._metrics["train"].items()},
+        }
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Take up what `progress` gave."""
+        super().restore(progress)
+        self._metrics["train"].update(progress["metrics"])
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None here: a model card is written when the model is published."""
 
 
 class SaveBetweenGenerations(TrainerCallback):
-    """Moves a save, or a stop asked for by Ctrl-C, to where no sampled completion waits to be used.
+    """Moves a save to where no sampled completion waits to be used.
 
     The buffer of rollouts is not part of a checkpoint; saved between two generations nothing of it is missing, and the
     resumed run repeats the uninterrupted one.
@@ -470,8 +484,6 @@ class SaveBetweenGenerations(TrainerCallback):
         else:
             self.save_is_due = self.save_is_due or control.should_save
             control.should_save = False
-            if self.trainer.stop.requested:
-                control.should_training_stop = False
 
 
 def score(model: Any, packed: Packed) -> Any:

@@ -1,4 +1,8 @@
-"""The record of what GRPO sampled, one JSON line per group in `rollouts.jsonl`; what to say when groups are flat."""
+"""The record of what GRPO sampled, one JSON line per group in `rollouts.jsonl`; what to say when groups are flat.
+
+A run that goes on from a checkpoint samples the steps after it again. What it had recorded of them moves to
+`rollouts.superseded.jsonl` first: no group stands twice, and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from utils.common import UserError
+from utils.logging_utils import get_logger
 
-ROLLOUTS_FILE = "rollouts.jsonl"
+ROLLOUTS_FILE, SUPERSEDED_FILE = "rollouts.jsonl", "rollouts.superseded.jsonl"
 
 
 def group_record(
@@ -59,14 +64,40 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}; training.log_rollouts=false skips it") from error
 
 
+def supersede(path: Path, step: int) -> None:
+    """Before a run goes on after `step`: move the records from there on, and half a line that a kill left, to
+    `SUPERSEDED_FILE` beside `path`. A file that is not there yet is none."""
+    if not path.is_file():
+        return
+    kept = 0
+    with open(path, "r+b") as handle:
+        for line in handle:
+            if not line.endswith(b"\n") or _step(line) >= step:
+                break
+            kept += len(line)
+        handle.seek(kept)
+        if rest := handle.read():
+            with open(path.with_name(SUPERSEDED_FILE), "ab") as other:
+                other.write(rest if rest.endswith(b"\n") else rest + b"\n")
+            handle.truncate(kept)
+
+
+def _step(line: bytes) -> int:
+    """Of a record; -1 for what is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The groups of a run, in order. Of two records of one (step, row) the later counts: a resumed run writes the steps
-    after its checkpoint again. A last line cut off by a kill is left out.
+    """The groups of a run, in order. Of two records of one (step, row) the later counts. Half a line, as a killed run
+    leaves it, is left out; with a warning, if it is not the last.
 
     Raises UserError for a missing file and for a line that is no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()  # of bytes: a sampled text may hold other line ends
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; a GRPO run writes it (train_rl.py)") from error
     records: dict[tuple[int, int], dict[str, Any]] = {}
@@ -74,9 +105,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records[record["step"], record["row"]] = record
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError:
             if number < len(lines):
-                raise UserError(f"{path}:{number} is no rollout record ({error})") from error
+                get_logger().warning("%s:%d is half a record; left out", path, number)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number} is no rollout record ({error})") from error
     return list(records.values())
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from datasets.collate_fns import Batch, VideoCollator, answer_columns
 from datasets.encoding import IGNORE, Sample
+from datasets.samplers import EpochSampler
 from datasets.shared_video import SharedVideoDataset, Unit, UnitCollator, VideoSampler
 from datasets.video_dataset import VideoTemporalDataset
 from trainers.generation import check_sees_video
@@ -101,15 +101,19 @@ class VideoSFTTrainer(RunKeeper):
 
     # ------------------------------------------------------------------ data
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """As Trainer's, but lengths for grouping are estimated from durations: its own way would decode every video.
-        Shared videos need no like lengths, since a packed sequence has no padding."""
+        """Lengths for grouping are estimated from durations: Trainer's own way would decode every video. Shared videos
+        need no like lengths, since a packed sequence has no padding."""
         if self._shared is not None:
             return self._video_sampler(self._shared)
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, dataset=dataset, lengths=dataset.lengths)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(
+            len(dataset),
+            seed=seed,
+            epoch=lambda: int((self.state.epoch or 0) + 1e-6),
+            lengths=dataset.lengths if self.args.train_sampling_strategy == "group_by_length" else None,
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+        )
 
     def _video_sampler(self, shared: SharedVideoDataset) -> VideoSampler:
         clips: dict[Any, list[int]] = defaultdict(list)

@@ -35,6 +35,7 @@ def refusals(best_metric: str, launcher: str) -> dict[str, str]:
         "do_train": _ALWAYS,
         "do_eval": _ALWAYS,
         "do_predict": "predict with inference/video_infer.py on a checkpoint",
+        "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and stops the run",
         "remove_unused_columns": "it would drop the video tensors, so it is always false",
         "prediction_loss_only": _VALIDATION,
         "include_for_metrics": _VALIDATION,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import resolve_resume
+from utils.checkpoints import passed_over, recover, resolve_resume
 from utils.common import REPO_ROOT, UserError, seed_everything, write_json
 from utils.config import StrictModel, save_config
 from utils.config_yaml import parse_yaml
@@ -32,11 +35,14 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
     """Claim `output_dir`, start the log, seed everything and save what the run is made of.
 
     Writes `config.yaml` (resolved), `environment.json` (versions, git revision) and `log.txt`; nothing is ever deleted.
+    What a killed run left is put in place or passed over, with a warning.
     `config` is the whole typed configuration with a `training` section (seed, run_name, metrics_dir, logging_dir).
 
     Raises UserError when the folder holds a finished run and `resume` is not given, or cannot be written, and for a
     checkpoint whose weights are pickle (`model.allow_pickle`).
     """
+    _end_with_launcher()
+    recovered = recover(output_dir) if is_rank_zero() else []
     resume_from = resolve_resume(output_dir, resume)
     if resume_from:
         require_safetensors(resume_from, allow_pickle=config.model.allow_pickle)
@@ -54,6 +60,8 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
     # Trainer's TensorBoard callback takes its folder from the environment only.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(training.logging_dir) / name))
     if is_rank_zero():
+        for line in [*recovered, *passed_over(output_dir, resume_from)]:
+            get_logger().warning("%s", line)
         _record(output_dir, config, resume_from)
     seed_everything(training.seed)
     return Run(
@@ -63,6 +71,13 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
         metrics_path=Path(training.metrics_dir) / f"{name}.jsonl",
         curves_path=Path(training.metrics_dir) / f"{name}.png",
     )
+
+
+def _end_with_launcher() -> None:
+    """A process of torchrun dies with it: one that outlived it would go on writing into the run's folder."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
 
 def _record(output_dir: Path, config: StrictModel, resume_from: Path | None) -> None:

@@ -252,24 +252,31 @@ def test_a_new_name_leaves_edits_alone(sft_best: Path, tmp_path: Path) -> None:
 
 
 # --- the snippets run -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--merge_lora", "false")], ids=["merged", "adapter"])
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [(("--dtype", "float32"), "float32"), ((), "bfloat16"), (("--merge_lora", "false"), "float32")],
+    ids=["merged", "merged, bf16", "adapter"],
+)
 def test_snippets_answer_as_the_checkpoint_does(
     flags: tuple[str, ...],
+    dtype: str,
     answering_adapter: Path,
     demo_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both snippets of the card, taken out of it and executed beside a `video.mp4`."""
-    card = exported(answering_adapter, tmp_path / "vtg", *flags)
+    """Both snippets of the card, taken out of it and executed beside a `video.mp4`. The first loads the stored dtype,
+    the second float32, since this is the CPU."""
+    folder = tmp_path / "vtg"
+    codes = snippets(exported(answering_adapter, folder, *flags))
     shutil.copy(demo_data / "videos/test/000001.mp4", tmp_path / "video.mp4")
     monkeypatch.chdir(tmp_path)
-    expected = VideoTemporalInference(answering_adapter).predict("video.mp4", "the person opens the door")
-    assert expected["raw_text"]
-    codes = snippets(card)
-    assert len(codes) == 2 and "inference.video_infer" not in codes[0]
-    for code in codes:
+    served = answering_adapter if dtype == "float32" else folder
+    engines = [VideoTemporalInference(served, dtype=dtype), VideoTemporalInference(served)]
+    expected = [engine.predict("video.mp4", "the person opens the door")["raw_text"] for engine in engines]
+    assert all(expected) and len(codes) == 2 and "inference.video_infer" not in codes[0]
+    for code, answer in zip(codes, expected, strict=True):
         capsys.readouterr()
         exec(compile(code, "README.md", "exec"), {})
-        assert capsys.readouterr().out.strip() == expected["raw_text"]
+        assert capsys.readouterr().out.strip() == answer
