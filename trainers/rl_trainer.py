@@ -28,6 +28,7 @@ from datasets.rollouts import GroupSampler, RolloutCollator, RolloutDataset, Rol
 from datasets.video_dataset import VideoTemporalDataset
 from rewards import CompositeReward, zero_spread_share
 from trainers.generation import autocast_for, check_sees_video, vision_token_ids
+from trainers.interruptions import or_nan
 from trainers.model import Policy, settle_reference
 from trainers.parts import freeze_by_rate
 from trainers.rollout_batches import (
@@ -457,7 +458,7 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Take up what `progress` gave."""
         super().restore(progress)
-        self._metrics["train"].update(progress["metrics"])
+        self._metrics["train"].update({key: list(map(or_nan, v)) for key, v in progress["metrics"].items()})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None here: a model card is written when the model is published."""

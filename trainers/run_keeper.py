@@ -1,8 +1,7 @@
 """What SFT and RL share around transformers' Trainer: a learning rate per part of the model, greedy validation by the
-project's metrics, `checkpoint-best` / `checkpoint-final` with manifest and prompt contract, exact resume, advice when
-memory runs out.
+project's metrics, `checkpoint-best` / `checkpoint-final` with manifest and prompt contract, advice on memory.
 
-The losses and the data of training are the two trainers' own.
+Stopping and going on exactly is `trainers.resumable`'s; the losses and the data of training are the two trainers' own.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
@@ -30,9 +28,10 @@ from datasets.collate_fns import VideoCollator
 from datasets.video_dataset import VideoTemporalDataset
 from trainers.callbacks import AtTrainBegin, FaultCounter, MetricsCallback, ProgressLines, SpeedMeter
 from trainers.generation import answer_rows
-from trainers.interruptions import PROGRESS_FILE, StopOnSignal, ValidationStopped, outlive_sigterm
+from trainers.interruptions import outlive_sigterm
 from trainers.model import Policy
 from trainers.parts import LearningRates, parameter_size, part_of
+from trainers.resumable import ResumableTrainer
 from utils.checkpoints import BEST, FINAL, replace_folder, rotate, saving, start_save, unfinished_of, write_manifest
 from utils.common import UserError, atomic_open, write_json
 from utils.config import RLConfig, SFTConfig
@@ -89,20 +88,16 @@ class TrainingSetup:
         )
 
 
-class RunKeeper(Trainer):
+class RunKeeper(ResumableTrainer):
     """Base of the trainers, put before the Trainer class that trains. A subclass calls `prepare` before and `watch`
     after that class's `__init__`."""
 
-    best_metric: ClassVar[str] = "eval_mIoU"
-    """The validation metric that decides `checkpoint-best`; higher is better."""
     memory_advice: ClassVar[str] = ""
     """Further knobs that lower memory, ending in ", "."""
 
     # Trainer sets these without saying their types.
     data_collator: Any
     optimizer: Any
-    control: Any
-    _tr_loss: Any
 
     def prepare(
         self,
@@ -122,11 +117,7 @@ class RunKeeper(Trainer):
         pad = policy.processor.tokenizer.pad_token_id
         self.eval_collator = VideoCollator(pad, eval_dataset.blank(), side="left") if eval_dataset is not None else None
         self.speed = SpeedMeter()
-        self.stop = StopOnSignal(self._largest, self.may_stop)
-        patience = setup.early_stopping_patience
-        self.patience = EarlyStoppingCallback(early_stopping_patience=patience) if patience is not None else None
-        self._resumed_from: Path | None = None
-        self._may_break_off = False
+        self.prepare_to_stop(setup.early_stopping_patience)
 
     def watch(self) -> None:
         """Add the project's callbacks in the place of Trainer's own progress output."""
@@ -138,7 +129,7 @@ class RunKeeper(Trainer):
             self.add_callback(MetricsCallback(self.setup.run.metrics_path, str(self.args.output_dir)))
         if self.patience is not None:
             self.add_callback(self.patience)
-        self.add_callback(AtTrainBegin(self._begin))  # last: it may validate, which the others record
+        self.add_callback(AtTrainBegin(self.begin))  # last: it may validate, which the others record
 
     def at_train_begin(self) -> None:
         """Checks before the first step; the model is wrapped and placed by then."""
@@ -170,7 +161,7 @@ class RunKeeper(Trainer):
             raise UserError(
                 f"training.optim={self.args.optim} builds its own parameter groups, which would drop mm_projector_lr "
                 f"and head_lr; choose another, e.g. adamw_torch"
-            )  # noqa: E501
+            )
         self.optimizer = optimizer_class(self.parameter_groups(target), **options)
         return self.optimizer
 
@@ -200,8 +191,6 @@ class RunKeeper(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's own; CUDA running out of memory names the knobs that lower it, a foreign checkpoint what it is."""
-        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._require_one_start()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:
@@ -212,125 +201,15 @@ class RunKeeper(Trainer):
             ) from error
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0], more=self.memory_advice)) from error
-        finally:
-            self.stop.restore()
-
-    # ------------------------------------------------------------------ stopping and going on
-    @property
-    def exit_status(self) -> int:
-        """0 after a whole training; as shells count signals 130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + self.stop.agreed if self.stop.agreed else 0
-
-    def may_stop(self) -> bool:
-        """Whether a checkpoint of now would hold all that the run needs to go on exactly."""
-        return True
-
-    def _largest(self, number: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    def _require_one_start(self) -> None:
-        """All processes go on from one checkpoint: those that do not see the same files would wait for ever."""
-        starts = gather_object([str(self._resumed_from)])
-        if len(set(starts)) > 1:
-            raise UserError(
-                f"the processes would go on from different checkpoints ({', '.join(sorted(set(starts)))}): "
-                "--output_dir must be a folder that all nodes share"
-            )
-
-    def _begin(self) -> None:
-        """When training begins: take up what the checkpoint holds, check, make up for a validation cut off."""
-        if self._resumed_from is not None:
-            self._restore(self._resumed_from / PROGRESS_FILE)
-        if self._is_over():
-            get_logger().info("step %d of %d: nothing is left to train", self.state.global_step, self.state.max_steps)
-            return
-        self.at_train_begin()
-        if self._validation_is_due():
-            self._unless_stopped(self._validate_what_was_due)
-
-    def _is_over(self) -> bool:
-        patience = self.patience
-        stopped_early = patience and patience.early_stopping_patience_counter >= patience.early_stopping_patience
-        return bool(stopped_early) or self.state.global_step >= self.state.max_steps
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, unless the run is over: resuming a finished run would train one step more."""
-        if self._is_over() or self.control.should_training_stop:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _validation_is_due(self) -> bool:
-        """Whether this step's validation is missing: the run was stopped before it, or killed in it."""
-        args, step, epoch = self.args, self.state.global_step, self.state.epoch or 0.0
-        if any(entry["step"] == step and self.best_metric in entry for entry in self.state.log_history):
-            return False
-        if step == 0 or args.eval_strategy == IntervalStrategy.NO:
-            return False
-        if args.eval_strategy == IntervalStrategy.EPOCH:
-            return abs(epoch - round(epoch)) < 1e-6 and args.eval_delay <= epoch
-        return step % self.state.eval_steps == 0 and args.eval_delay <= step
-
-    def _validate_what_was_due(self) -> None:
-        metrics = self._evaluate(None, None)
-        self._determine_best_metric(metrics, None)
-
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
-    ) -> None:
-        """Trainer's; a validation that is broken off leaves a checkpoint, and waits for the resumed run."""
-        trainers_own = partial(super()._maybe_log_save_evaluate, tr_loss, grad_norm, model, trial, *args, **kw)
-        if not self._unless_stopped(trainers_own) and self.stop.saved_step != self.state.global_step:
-            self._save_checkpoint(model, trial)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _unless_stopped(self, validate: Callable[[], None]) -> bool:
-        """Call what may validate; False if the run was asked to stop in the middle of that."""
-        self._may_break_off = True
-        try:
-            validate()
-        except ValidationStopped:
-            self.control.should_training_stop = True
-            return False
-        finally:
-            self._may_break_off = False
-        return True
 
     def progress(self) -> dict[str, Any]:
-        """What this process has counted and not yet logged."""
-        return {"loss": float(self._tr_loss), "faults": sorted(self.faults.rows.items())}
+        """With the rows that could not be used."""
+        return {**super().progress(), "faults": sorted(self.faults.rows.items())}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Take up what `progress` gave."""
-        self._tr_loss = torch.full_like(self._tr_loss, progress["loss"])
+        super().restore(progress)
         self.faults.rows = dict(progress["faults"])
-
-    def _save_progress(self, folder: Path) -> None:
-        processes = gather_object([self.progress()])
-        if self.args.should_save:
-            used = self.patience.early_stopping_patience_counter if self.patience is not None else 0
-            shared = {"logged_step": self._globalstep_last_logged, "patience_used": used}
-            write_json(folder / PROGRESS_FILE, {**shared, "processes": processes})
-
-    def _restore(self, path: Path) -> None:
-        if not path.is_file():
-            return  # saved by an older release
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if self.patience is not None:
-            self.patience.early_stopping_patience_counter = saved["patience_used"]
-        processes = saved["processes"]
-        if len(processes) != self.accelerator.num_processes:
-            get_logger().warning(
-                "%s was saved by %d process(es), and %d go on: not as the uninterrupted run would have",
-                path.parent, len(processes), self.accelerator.num_processes,
-            )  # fmt: skip
-            return
-        self.restore(processes[self.accelerator.process_index])
-        self._globalstep_last_logged = saved["logged_step"]
-        # The summary of a run counts the steps since its start; the first record will hold earlier ones too.
-        self._total_loss_scalar -= sum(process["loss"] for process in processes) / len(processes)
 
     # ------------------------------------------------------------------ validation
     def evaluate(
@@ -361,20 +240,13 @@ class RunKeeper(Trainer):
             answers = answer_rows(
                 self.model,
                 self.processing_class,
-                self._until_asked(self._progress(loader)),
+                self.until_asked(self._progress(loader)),
                 max_new_tokens=self.setup.max_new_tokens,
                 bf16=self.args.bf16,
                 synced_gpus=is_deepspeed_zero3_enabled(),
             )
         FaultCounter(len(dataset), self.setup.max_bad_fraction).add(gather_object(answers.faults))
         return dict(gather_object(list(answers.texts.items())))
-
-    def _until_asked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, until the run is to stop: a validation may take longer than a scheduler waits."""
-        for batch in batches:
-            if self._may_break_off and self.may_stop() and self.stop.asked():
-                raise ValidationStopped
-            yield batch
 
     def _progress(self, loader: Any) -> Any:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -405,7 +277,7 @@ class RunKeeper(Trainer):
         started = time.perf_counter()
         with self._saving(folder, folder, with_optimizer=True):
             super()._save_checkpoint(model, trial)
-            self._save_progress(folder)
+            self.save_progress(folder)
         if self.args.should_save:
             rotate(folder.parent, self.num_kept, newest=folder)
         self.speed.skip(time.perf_counter() - started)

@@ -17,16 +17,17 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from datasets.samplers import EpochSampler
-from trainers import run_keeper
+from trainers import resumable
 from trainers.interruptions import PROGRESS_FILE, StopOnSignal, outlive_sigterm
 from trainers.rl_trainer import VideoGRPOTrainer
 from trainers.rollout_log import ROLLOUTS_FILE, SUPERSEDED_FILE, append_records, read_records, supersede
 from trainers.run_keeper import RunKeeper
 from trainers.sft_trainer import VideoSFTTrainer
-from utils.checkpoints import complete_checkpoints, manifest_problems
-from utils.common import UserError
+from utils.checkpoints import complete_checkpoints, manifest_problems, write_manifest
+from utils.common import UserError, finite_or_null
 from utils.config import RLConfig, SFTConfig
 from utils.logging_utils import read_metrics
 
@@ -58,7 +59,7 @@ def figures(trainer: RunKeeper) -> dict[int, dict[str, Any]]:
     for entry in trainer.state.log_history:
         kept = {key: value for key, value in entry.items() if not any(part in key for part in TIMED)}
         if "train_loss" not in entry:
-            steps.setdefault(entry["step"], {}).update(kept)
+            steps.setdefault(entry["step"], {}).update(finite_or_null(kept))  # no NaN equals another
     return steps
 
 
@@ -76,9 +77,18 @@ def resume(build: Callable[..., Any], config: Any, folder: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- being asked to stop
-STEPS = (*LORA, "training.max_steps=6", "training.eval_strategy=steps", "training.eval_steps=2",
-         "training.logging_steps=3", "training.max_eval_samples=4", "training.per_device_eval_batch_size=2",
-         "training.save_strategy=steps", "training.save_steps=6")  # fmt: skip
+STEPS = (
+    *LORA,
+    "training.run_name=null",
+    "training.max_steps=6",
+    "training.logging_steps=3",
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+    "training.max_eval_samples=4",
+    "training.per_device_eval_batch_size=2",
+    "training.save_strategy=steps",
+    "training.save_steps=6",
+)
 
 
 @pytest.fixture
@@ -149,8 +159,8 @@ def test_asked_while_it_saves_it_stops_with_that_checkpoint(
     config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(config_with(*STEPS, "training.save_steps=2"), tmp_path / "cut")
-    plain = trainer._save_progress
-    monkeypatch.setattr(trainer, "_save_progress", lambda folder: (sigterm(), plain(folder)))
+    plain = trainer.save_progress
+    monkeypatch.setattr(trainer, "save_progress", lambda folder: (sigterm(), plain(folder)))
     trainer.train()
     assert trainer.exit_status == 143 and trainer.state.global_step == 2
     assert manifest_problems(tmp_path / "cut/checkpoint-2") == []
@@ -206,16 +216,16 @@ def test_a_process_that_got_no_signal_stops_with_the_others() -> None:
 
 # ---------------------------------------------------------------------------------------------- going on
 def test_resuming_a_finished_run_trains_no_step(
-    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The checkpoint of the last step is there, checkpoint-final is not: the run was killed between the two."""
     config = config_with(*LORA, "training.max_steps=2", "training.save_strategy=steps", "training.save_steps=2",
-                         "training.eval_strategy=steps", "training.eval_steps=2")  # fmt: skip
+                         "training.eval_strategy=steps", "training.eval_steps=2", "training.run_name=null")  # fmt: skip
     whole = trainer_for(config, tmp_path / "run")
     whole.train()
     records = read_metrics(tmp_path / "metrics/run.jsonl")
     resumed = resume(trainer_for, config, tmp_path / "run")
-    assert resumed.state.global_step == 2 and "step 2 of 2: nothing is left to train" in caplog.text
+    assert resumed.state.global_step == 2 and "step 2 of 2: nothing is left to train" in capsys.readouterr().err
     assert_same(resumed, whole)
     assert read_metrics(tmp_path / "metrics/run.jsonl") == records  # the summary of the run too
     assert resumed.finish()["eval_mIoU"] == records[-1]["eval/mIoU"]
@@ -245,14 +255,16 @@ def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
     assert [list(plain), list(grouped)] == first
     assert first[0] == torch.randperm(10, generator=torch.Generator().manual_seed(3)).tolist()
     assert all(sorted(order) == list(range(10)) for order in first)
-    assert {row % 2 for row in first[1][:5]} == {1} and len(plain) == len(grouped) == 10  # the long ones together
+    generator = torch.Generator().manual_seed(3)
+    assert first[1] == get_length_grouped_indices([1, 9] * 5, 5, generator=generator)  # as transformers groups them
+    assert len(plain) == len(grouped) == 10
     epoch = 1
     assert list(plain) != first[0] and list(grouped) != first[1]
 
 
 def test_early_stopping_counts_on(config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path) -> None:
     """No validation is better than the first: with patience 2 the run ends after the third, resumed or not."""
-    config = config_with(*LORA, "training.max_steps=9", "training.eval_strategy=steps", "training.eval_steps=1",
+    config = config_with("training.max_steps=9", "training.eval_strategy=steps", "training.eval_steps=1",
                          "training.save_strategy=steps", "training.save_steps=1", "training.max_eval_samples=2",
                          "training.early_stopping_patience=2", "training.learning_rate=1e-9",
                          "training.head_lr=0", "training.mm_projector_lr=0", "training.vision_tower_lr=0")  # fmt: skip
@@ -265,7 +277,7 @@ def test_early_stopping_counts_on(config_with: ConfigWith, trainer_for: TrainerF
 
 
 def test_faults_count_on_and_other_processes_are_warned_of(
-    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_with(*LORA, "training.max_steps=2", "training.save_strategy=steps", "training.save_steps=1",
                          "data.max_bad_fraction=0.5")  # fmt: skip
@@ -278,8 +290,9 @@ def test_faults_count_on_and_other_processes_are_warned_of(
     path = tmp_path / "run/checkpoint-1" / PROGRESS_FILE
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"processes": saved["processes"] * 2}))
+    write_manifest(path.parent)
     assert resume(trainer_for, config, tmp_path / "run").faults.rows == {}
-    assert "was saved by 2 process(es), and 1 go on" in caplog.text
+    assert "was saved by 2 process(es), and 1 go on" in capsys.readouterr().err
 
 
 def test_a_best_checkpoint_cut_off_leaves_the_one_before(
@@ -309,7 +322,7 @@ def test_processes_that_see_other_checkpoints_are_refused(
     config_with: ConfigWith, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(config_with())
-    monkeypatch.setattr(run_keeper, "gather_object", lambda mine: [*mine, "run/checkpoint-2"])
+    monkeypatch.setattr(resumable, "gather_object", lambda mine: [*mine, "run/checkpoint-2"])
     with pytest.raises(UserError, match=r"different checkpoints \(None, run/checkpoint-2\).*all nodes share"):
         trainer.train()
 
@@ -323,8 +336,9 @@ def test_grpo_stops_between_generations_and_goes_on_the_same(
     config = rl_config_with("training.num_iterations=2", "training.max_steps=8", "training.logging_steps=3",
                             "training.eval_strategy=steps", "training.eval_steps=4", "training.max_eval_samples=2",
                             "training.kl_coef=0.01")  # fmt: skip
-    whole, cut = (rl_trainer_for(config, tmp_path / name) for name in ("whole", "cut"))
+    whole = rl_trainer_for(config, tmp_path / "whole")
     whole.train()
+    cut = rl_trainer_for(config, tmp_path / "cut")
     cut.add_callback(AtStep(3, sigterm))
     cut.train()
     assert cut.exit_status == 143 and cut.state.global_step == 4
