@@ -6,6 +6,7 @@ The facts of a model card; `inference.model_card` puts them into words. What is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ def read_validation(checkpoint: Path) -> Validation | None:
     saved = _read_metrics(checkpoint / "metrics.json")
     step = int(saved["step"]) if saved else step_of(checkpoint)
     samples = _read_samples(checkpoint.parent / "validation" / f"step-{step}.jsonl")
-    scores = {name: saved[f"eval_{name}"] for name in (*METRICS, "num_samples")} if saved else {}
+    scores = {name: _number(saved[f"eval_{name}"]) for name in (*METRICS, "num_samples")} if saved else {}
     if samples and scores and abs(evaluate(samples)["mIoU"] - scores["mIoU"]) > 1e-6:
         get_logger().warning("validation/step-%d.jsonl is of another run than %s: no intervals", step, checkpoint)
         samples = []
@@ -147,6 +148,11 @@ def read_validation(checkpoint: Path) -> Validation | None:
         return Validation(step, scores) if scores else None
     baselines = {kind: evaluate(baseline_predictions(samples, kind)) for kind in ("whole_video", "centre")}
     return Validation(step, scores or evaluate(samples), evaluate_intervals(samples), baselines)
+
+
+def _number(value: float | None) -> float:
+    """JSON has no NaN: an average over no rows is null there."""
+    return math.nan if value is None else value
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
