@@ -6,7 +6,6 @@ The facts of a model card; `inference.model_card` puts them into words. What is 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from trainers.merging import ORIGIN_FILE
 from trainers.model import ADAPTER_CONFIG, resolve_source
 from utils.checkpoints import step_of
-from utils.common import UserError
+from utils.common import UserError, or_nan
 from utils.config import RLConfig, SFTConfig, load_config
 from utils.logging_utils import get_logger
 from utils.metrics import METRICS, baseline_predictions, evaluate, evaluate_intervals
@@ -140,8 +139,7 @@ def read_validation(checkpoint: Path) -> Validation | None:
     saved = _read_metrics(checkpoint / "metrics.json")
     step = int(saved["step"]) if saved else step_of(checkpoint)
     samples = _read_samples(checkpoint.parent / "validation" / f"step-{step}.jsonl")
-    stored = {name: saved[f"eval_{name}"] for name in (*METRICS, "num_samples")} if saved else {}
-    scores = {name: math.nan if value is None else value for name, value in stored.items()}  # JSON has no NaN
+    scores = {name: or_nan(saved[f"eval_{name}"]) for name in (*METRICS, "num_samples")} if saved else {}
     if samples and scores and abs(evaluate(samples)["mIoU"] - scores["mIoU"]) > 1e-6:
         get_logger().warning("validation/step-%d.jsonl is of another run than %s: no intervals", step, checkpoint)
         samples = []

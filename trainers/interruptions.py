@@ -6,7 +6,6 @@ When a checkpoint is complete is `utils.checkpoints`'; saving and going on are `
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -26,11 +25,6 @@ PROGRESS_FILE = "progress.json"
 """In a checkpoint: what the next log record has so far, and counts; `RunKeeper.progress`."""
 _SAME_CTRL_C_S = 1.0
 """A terminal and a launcher may both send one Ctrl-C; what comes sooner after the first is no second."""
-
-
-def or_nan(value: float | None) -> float:
-    """A number that `utils.common.write_json` wrote: JSON has no NaN, so that one comes back as None."""
-    return math.nan if value is None else value
 
 
 class ValidationStopped(Exception):

@@ -19,8 +19,8 @@ from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import IntervalStrategy
 
-from trainers.interruptions import PROGRESS_FILE, StopOnSignal, ValidationStopped, or_nan
-from utils.common import UserError, write_json
+from trainers.interruptions import PROGRESS_FILE, StopOnSignal, ValidationStopped
+from utils.common import UserError, or_nan, write_json
 from utils.logging_utils import get_logger
 
 

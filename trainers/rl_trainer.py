@@ -28,7 +28,6 @@ from datasets.rollouts import GroupSampler, RolloutCollator, RolloutDataset, Rol
 from datasets.video_dataset import VideoTemporalDataset
 from rewards import CompositeReward, zero_spread_share
 from trainers.generation import autocast_for, check_sees_video, vision_token_ids
-from trainers.interruptions import or_nan
 from trainers.model import Policy, settle_reference
 from trainers.parts import freeze_by_rate
 from trainers.rollout_batches import (
@@ -55,7 +54,7 @@ from trainers.shared_prefix import (
     with_vision,
 )
 from trainers.sharing_check import check_sharing, compute_dtype
-from utils.common import UserError
+from utils.common import UserError, or_nan
 from utils.config import RLTrainingConfig
 from utils.logging_utils import get_logger
 from utils.spans import parse_spans

@@ -93,6 +93,11 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def or_nan(value: float | None) -> float:
+    """The number that `write_json` was given: one that was not finite comes back as None."""
+    return math.nan if value is None else value
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (CPU and CUDA)."""
     import torch  # imported here so that the light rooms stay importable in milliseconds

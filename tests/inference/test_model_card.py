@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_validation_with_intervals_and_baselines(sft_best: Path) -> None:
     for name, interval in evaluate_intervals(SAMPLES).items():
         assert found.intervals[name] == pytest.approx(interval, nan_ok=True), name
     assert found.baselines["whole_video"]["mIoU"] == pytest.approx(100 * (0.5 + 0.5 + 0.125 + 1) / 4)
+
+
+def test_an_average_over_no_rows(sft_best: Path, tmp_path: Path) -> None:
+    """No row is labelled absent. A NaN is written as null where JSON is kept strict."""
+    metrics = json.loads((sft_best / "metrics.json").read_text())
+    assert math.isnan(metrics["eval_absent_accuracy"])
+    (sft_best / "metrics.json").write_text(json.dumps({**metrics, "eval_absent_accuracy": None}))
+    found = read_validation(sft_best)
+    assert found is not None and math.isnan(found.scores["absent_accuracy"]) and found.scores["mIoU"] == 43.75
+    write_manifest(sft_best)
+    assert "absence recognised" not in exported(sft_best, tmp_path / "vtg")
 
 
 def test_a_numbered_checkpoint_has_the_answers_alone(sft_best: Path) -> None:
