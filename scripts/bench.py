@@ -546,12 +546,12 @@ def _resident_peaks(cell: Cell, name: str) -> dict[str, float]:
 
 def _resident_peak(way: Any, phase: str) -> float:
     _forget(way)
-    before, peak, done = _resident(), 0, threading.Event()
+    before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, _resident())
+            peak = max(peak, resident_bytes())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -561,7 +561,7 @@ def _resident_peak(way: Any, phase: str) -> float:
     return max(0, peak - before) / 2**20
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
