@@ -389,7 +389,7 @@ def vision_kept(
     saved = vision.mergers * merger_saved(vision, precision)
     if trains.tower:
         block = vision.hidden * precision.stream if checkpointing else block_saved(vision, precision)
-        saved += vision.depth * block + precision.products * vision.patch_values
+        saved += vision.depth * block + _cast_pixels(vision, precision)
     return patches * saved
 
 
@@ -410,15 +410,28 @@ def _layer_norm_input(precision: Precision) -> int:
 
 
 def vision_work(vision: VisionShape, precision: Precision, trains: Trains, patches: int) -> float:
-    """Bytes at the peak of the tower's own pass, beside what it keeps: pixels in the weights' type, positions, and a
-    block at its rotary embedding, which is computed in fp32, or in its MLP, whichever is more."""
-    bytes_each = precision.products
-    pixels = 0 if precision.weights == PIXEL_BYTES else vision.patch_values * precision.weights
-    turning = vision.hidden * (4 * bytes_each + (20 if bytes_each == 4 else 24))
-    mlp = 2 * bytes_each * (vision.intermediate + vision.hidden)
+    """Bytes at the peak of the tower's own passes, beside what it keeps.
+
+    Forward: pixels in the weights' type, positions, and a block at its rotary embedding, which is computed in fp32, or
+    in its MLP, whichever is more. Backward, if the tower trains: a block as it was saved, and gradients of its MLP; the
+    last merger is done by then.
+    """
+    width = precision.products
+    turning = vision.hidden * (4 * width + (20 if width == 4 else 24))
+    mlp = 2 * width * (vision.intermediate + vision.hidden)
     held = vision.hidden * (precision.stream + 4) + 8 * vision.hidden // vision.heads
-    again = block_saved(vision, precision) if trains.tower else 0
-    return patches * (pixels + held + max(turning, mlp) + again)
+    forward = max(turning, mlp) + held + (0 if trains.tower else _cast_pixels(vision, precision))
+    if not trains.tower:
+        return patches * forward
+    kept = 4 * vision.hidden if precision.stream == 4 else 0
+    gradients = width * vision.intermediate + precision.stream * vision.hidden
+    backward = block_saved(vision, precision) - kept + gradients - merger_saved(vision, precision)
+    return patches * max(forward, backward)
+
+
+def _cast_pixels(vision: VisionShape, precision: Precision) -> int:
+    """Bytes a patch of the pixels in the type that the patch embedding computes in, if that is another."""
+    return 0 if precision.products == PIXEL_BYTES else vision.patch_values * precision.products
 
 
 def vision_output(model: ModelShape, precision: Precision, visual_tokens: int) -> float:
