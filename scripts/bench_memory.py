@@ -6,10 +6,11 @@
     python scripts/bench_memory.py plan --config configs/training/rl_config.yaml --stage grpo --size 4b --num_gpus 4 \\
         --deepspeed configs/deepspeed/ds_zero2.json training.kl_coef=0
 
-`measure` trains a model of random weights on a synthetic clip, two updates of two forward passes, each cell in a
-process of its own, and compares the peak with the estimate's tensors; its allowances are left out. CUDA: torch's own
-count. Linux: resident memory, sampled every 2 ms, above what the process held after a first small update; freed memory
-is handed back at once, for what the allocator keeps would hide a peak. The last line of the output is a line of JSON.
+`measure` trains a model of random weights on a synthetic clip, an update of one forward pass and one of two, each cell
+in a process of its own, and compares the peak with the estimate's tensors; its allowances are left out. CUDA: torch's
+own count. Linux: resident memory, sampled every 2 ms, above what the process held after a first small update; freed
+memory is handed back at once, for what the allocator keeps would hide a peak. The last line of the output is one line
+of JSON.
 
 `plan` builds a configuration's model on the meta device, in seconds and without weights or data, and shows what
 `--dry_run` would for the longest clip that the data configuration allows.
@@ -77,7 +78,8 @@ FAMILY: dict[str, dict[str, int]] = {
 WHATS = {"full": LearningRates(1e-4, 1e-4, 1e-4, 1e-4), "lora": LearningRates(1e-4, 0.0, 0.0, 0.0),
          "default": LearningRates(1e-4, 1e-5, 0.0, 1e-4)}  # fmt: skip
 """What trains: all weights, LoRA alone, or as sft_config.yaml has it."""
-PASSES, UPDATES = 2, 2
+PASSES = (1, 2)
+"""Forward passes of each update: gradients meet earlier ones, and the optimizer has its state, in the last."""
 ANSWER = "From 1.0 to 2.0 seconds."
 
 
@@ -165,8 +167,8 @@ class Work:
 
     def train(self) -> None:
         """Updates as the trainers make them: gradients of several passes, one step."""
-        for _ in range(UPDATES):
-            for _ in range(PASSES):
+        for passes in PASSES:
+            for _ in range(passes):
                 self.sft_pass() if self.cell.stage == "sft" else self.grpo_pass()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -289,18 +291,14 @@ def measure_apart(cell: Cell) -> dict[str, Any]:
 
 def default_cells() -> list[Cell]:
     """The rows of docs/benchmarks.md: lengths, batches, what trains, with and without checkpointing."""
-    sft = partial(Cell, "sft", "small", "cpu")
-    grown = [sft("full", True, batch, length) for batch, length in ((1, 600), (1, 2500), (2, 1200), (4, 1200))]
-    others = [
-        sft("full", False, 2, 1200),
-        sft("lora", True, 2, 1200),
-        sft("lora", False, 2, 1200),
-        sft("default", False, 1, 1200),
-        Cell("sft", "tiny", "cpu", "full", False, 4, 600),
-        Cell("grpo", "small", "cpu", "lora", True, 1, 1200),
-        Cell("grpo", "small", "cpu", "lora", False, 2, 1200),
+    tiny = partial(Cell, "sft", "tiny", "cpu")
+    return [
+        *(tiny("full", True, batch, length) for batch, length in ((1, 600), (1, 2500), (2, 1200), (4, 1200))),
+        *(tiny("full", False, batch, 1200) for batch in (1, 2)),
+        *(tiny(what, checkpointing, 2, 1200) for what in ("lora", "default") for checkpointing in (True, False)),
+        Cell("sft", "small", "cpu", "lora", True, 1, 1200),
+        *(Cell("grpo", "tiny", "cpu", "lora", checkpointing, 1, 1200) for checkpointing in (True, False)),
     ]
-    return grown + others
 
 
 # ---------------------------------------------------------------------------------------------- a configuration
@@ -323,18 +321,15 @@ def plan(
 
 
 # ---------------------------------------------------------------------------------------------- command line
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records for a reader."""
-    head = f"{'':<52}{'measured':>12}{'estimate':>12}{'ratio':>8}"
-    lines = [head, "-" * len(head)]
-    for record in records:
-        how = "checkpointing" if record["checkpointing"] else "all kept"
-        name = (
-            f"{record['stage']} {record['size']} {record['what']}, {how}, {record['batch']} x {record['prompt_tokens']}"
-        )
-        sizes = "".join(f"{record[key] / 2**20:>8.0f} MiB" for key in ("measured", "estimate"))
-        lines.append(f"{name:<52}{sizes}{record['estimate'] / record['measured']:>8.2f}")
-    return "\n".join(lines)
+HEAD = f"{'':<52}{'measured':>12}{'estimate':>12}{'ratio':>8}"
+
+
+def table_row(record: Mapping[str, Any]) -> str:
+    """A record for a reader, under `HEAD`."""
+    how = "checkpointing" if record["checkpointing"] else "all kept"
+    name = f"{record['stage']} {record['size']} {record['what']}, {how}, {record['batch']} x {record['prompt_tokens']}"
+    sizes = "".join(f"{record[key] / 2**20:>8.0f} MiB" for key in ("measured", "estimate"))
+    return f"{name:<52}{sizes}{record['estimate'] / record['measured']:>8.2f}"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -389,10 +384,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths, options = [args.config, args.data_config], {"deepspeed": args.deepspeed, "num_gpus": args.num_gpus}
         print(describe_estimate(estimate(plan(kind, paths, args.size, args.overrides, **options))))
         return
-    records = [measure_apart(cell) for cell in ([cell_of(args)] if args.size else default_cells())]
-    if args.json:
-        write_json(args.json, records)
-    print(table(records))
+    records = []
+    print(HEAD)
+    for cell in [cell_of(args)] if args.size else default_cells():
+        records.append(measure_apart(cell))
+        print(table_row(records[-1]), flush=True)
+        if args.json:
+            write_json(args.json, records)
     print(json.dumps(records))
 
 
