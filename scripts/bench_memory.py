@@ -47,7 +47,7 @@ import torch  # noqa: E402
 from transformers import Qwen3VLForConditionalGeneration  # noqa: E402
 
 from datasets.collate_fns import Batch, VideoCollator  # noqa: E402
-from datasets.encoding import append_answer  # noqa: E402
+from datasets.encoding import Sample, append_answer  # noqa: E402
 from scripts.bench import SIZES, make_sample, model_config, resident_bytes  # noqa: E402
 from scripts.make_demo_data import all_sentences  # noqa: E402
 from scripts.make_tiny_model import build_config, build_processor, build_tokenizer, prompt_texts  # noqa: E402
@@ -148,7 +148,11 @@ class Work:
         self.model = self._model()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        self.sample = make_sample(self.processor, cell.prompt_tokens)
+        sample = make_sample(self.processor, cell.prompt_tokens)
+        self.length, self.visual = len(sample["input_ids"]), int(sample["mm_token_type_ids"].count_nonzero())
+        # Made once: on a CPU, pixels that wait for their pass would stand in the same memory.
+        self.batch = self._collate(sample) if cell.stage == "sft" else {}
+        self.prompts = [make_prompt(self.model, copy.deepcopy(sample)) for _ in range(cell.batch * (not self.batch))]
 
     def _model(self) -> Any:
         cell = self.cell
@@ -175,25 +179,22 @@ class Work:
 
     def sft_pass(self) -> None:
         """The batch goes to the device, forward, `answer_loss`, backward."""
-        batch = self.batch()
-        inputs = model_inputs(batch, self.device)
-        columns, labels = (batch[key].to(self.device) for key in ("logits_to_keep", "labels"))
+        inputs = model_inputs(self.batch, self.device)
+        columns, labels = (self.batch[key].to(self.device) for key in ("logits_to_keep", "labels"))
         with autocast_for(self.model, self.device, bf16=self.args.bf16):
             outputs = self.model(**inputs, logits_to_keep=columns, use_cache=False)
         answer_loss(outputs, labels).backward()
 
-    def batch(self) -> Batch:
+    def _collate(self, sample: Sample) -> Batch:
         """`cell.batch` rows of the clip, of unequal lengths, so that there is padding as in a real batch."""
-        samples = [append_answer(self.processor, self.sample, ANSWER + " Yes." * row) for row in range(self.cell.batch)]
+        samples = [append_answer(self.processor, sample, ANSWER + " Yes." * row) for row in range(self.cell.batch)]
         return VideoCollator(self.processor.tokenizer.pad_token_id, samples[0])([{**s, "index": 0} for s in samples])
 
     def grpo_pass(self) -> None:
         """Prompts with their completions packed, log-probabilities from TRL's fused head, backward."""
-        cell = self.cell
-        prompts = [make_prompt(self.model, copy.deepcopy(self.sample)) for _ in range(cell.batch)]
-        shape = (cell.generations, cell.new_tokens)
-        completions = [list(torch.full(shape, 5, device=self.device)) for _ in range(cell.batch)]
-        packed = pack(prompts, completions)
+        shape = (self.cell.generations, self.cell.new_tokens)
+        completions = [list(torch.full(shape, 5, device=self.device)) for _ in self.prompts]
+        packed = pack(self.prompts, completions)
         with autocast_for(self.model, self.device, bf16=self.args.bf16):
             output = self.model(
                 **packed.inputs, gather_columns=packed.columns, shift_labels=packed.targets, fused_lm_head=True
@@ -205,24 +206,22 @@ class Work:
         cell, model = self.cell, self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         shape = ModelShape.from_config(base.config)
-        length, visual = len(self.sample["input_ids"]), int(self.sample["mm_token_type_ids"].count_nonzero())
         if cell.stage == "sft":
-            batch = self.batch()
-            rows, tokens = batch["input_ids"].shape
+            rows, tokens = self.batch["input_ids"].shape
             kind = "masked" if rows > 1 else "plain"
             sequence = memory.Sequence(rows * tokens, kind, rows * tokens**2 if rows > 1 else 0)
-            scored = rows * len(batch["logits_to_keep"])
+            scored = rows * len(self.batch["logits_to_keep"])
         else:
             suffix = cell.generations * (cell.new_tokens - 1)
-            mask = cell.batch * suffix * (length + suffix)
-            sequence = memory.Sequence(cell.batch * (length + suffix), "packed", mask)
+            mask = cell.batch * suffix * (self.length + suffix)
+            sequence = memory.Sequence(cell.batch * (self.length + suffix), "packed", mask)
             scored = cell.batch * cell.generations * cell.new_tokens
         return Job(
             shape=shape,
             parameters=count_parameters(model),
             precision=read_precision(model, self.args, deepspeed=False),
             trains=what_trains(model),
-            clip=Clip(visual, length),
+            clip=Clip(self.visual, self.length),
             update=Update(sequence, cell.batch, scored, cell.batch, fused=cell.stage == "grpo"),
             checkpointing=cell.checkpointing,
         )
@@ -240,7 +239,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     measured, work = peak_of(cell)
     found = estimate(work.job())
     return asdict(cell) | {
-        "prompt_tokens": len(work.sample["input_ids"]),
+        "prompt_tokens": work.length,
         "measured": measured,
         "estimate": found.tensors(found.peak),
         "peak": found.peak,

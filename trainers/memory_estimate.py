@@ -153,8 +153,13 @@ def _constant_terms(job: Job) -> list[Term]:
     frozen, trained = parameters.frozen_bytes / GB, parameters.trained_bytes / GB
     each = _pixel_bytes(job) + _feature_bytes(job, 1) * update.features_held
     what = "pixels and features" if update.features_held else "pixels"
+    gathered = f", up to {sharding.max_live / 1e9:g} B elements gathered" if sharding.stage == 3 else ""
     return [
-        Term("weights", memory.weight_bytes(parameters, sharding), f"{frozen:.2f} frozen, {trained:.2f} trained"),
+        Term(
+            "weights",
+            memory.weight_bytes(parameters, sharding),
+            f"{frozen:.2f} frozen, {trained:.2f} trained{gathered}",
+        ),
         Term("reference", sharding.share(parameters.reference_bytes, 3), "frozen copy for the KL term"),
         Term("optimizer", memory.optimizer_bytes(parameters, sharding, job.optimizer), job.optimizer),
         Term("exchange", memory.exchange_bytes(parameters, sharding), "buckets of gradients between GPUs"),

@@ -39,7 +39,8 @@ def count_parameters(model: nn.Module, *, half: bool = False) -> Parameters:
         largest = max(largest, number * parameter.requires_grad)
     embeddings = {id(p): p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     wide = sum(parameter_size(p) for p in embeddings.values() if p.requires_grad)
-    return Parameters(*totals[False], *totals[True], num_trained_embedding=wide, largest_trained=largest)
+    (frozen_bytes, num_frozen), (trained_bytes, num_trained) = totals[False], totals[True]
+    return Parameters(frozen_bytes, num_frozen, trained_bytes, num_trained, wide, largest)
 
 
 def reference_bytes(model: nn.Module, *, half: bool = False) -> int:
