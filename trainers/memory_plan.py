@@ -194,7 +194,7 @@ def describe_estimate(found: Estimate) -> str:
     lines = [
         f"memory:      about {found.total / GB:.1f} GB on {where}, {MOMENTS[peak]}; "
         f"largest term: {found.largest.name}, {found.largest.num_bytes / GB:.1f} GB",
-        "  An estimate by trainers/memory.py for the longest clip; terms in brackets are there at other moments.",
+        "  Estimated (trainers/memory.py) for the longest clip, frames as large as allowed. In brackets: at other moments.",
     ]
     for term in found.terms:
         size = f"{term.num_bytes / GB:.2f}"
