@@ -51,7 +51,7 @@ from datasets.encoding import Sample, append_answer  # noqa: E402
 from scripts.bench import SIZES, make_sample, model_config, resident_bytes  # noqa: E402
 from scripts.make_demo_data import all_sentences  # noqa: E402
 from scripts.make_tiny_model import build_config, build_processor, build_tokenizer, prompt_texts  # noqa: E402
-from trainers import memory  # noqa: E402
+from trainers import memory_activations as activations  # noqa: E402
 from trainers.generation import autocast_for, model_inputs  # noqa: E402
 from trainers.memory import ModelShape  # noqa: E402
 from trainers.memory_estimate import Clip, Job, Update, estimate  # noqa: E402
@@ -209,12 +209,12 @@ class Work:
         if cell.stage == "sft":
             rows, tokens = self.batch["input_ids"].shape
             kind = "masked" if rows > 1 else "plain"
-            sequence = memory.Sequence(rows * tokens, kind, rows * tokens**2 if rows > 1 else 0)
+            sequence = activations.Sequence(rows * tokens, kind, rows * tokens**2 if rows > 1 else 0)
             scored = rows * len(self.batch["logits_to_keep"])
         else:
             suffix = cell.generations * (cell.new_tokens - 1)
             mask = cell.batch * suffix * (self.length + suffix)
-            sequence = memory.Sequence(cell.batch * (self.length + suffix), "packed", mask)
+            sequence = activations.Sequence(cell.batch * (self.length + suffix), "packed", mask)
             scored = cell.batch * cell.generations * cell.new_tokens
         return Job(
             shape=shape,
@@ -249,22 +249,18 @@ def measure(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _trained(cell: Cell) -> Work:
-    work = Work(cell)
-    work.train()
-    return work
-
-
 def _cuda_peak(cell: Cell) -> tuple[float, Work]:
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    work = _trained(cell)
+    work = Work(cell)
+    torch.cuda.reset_peak_memory_stats()
+    work.train()
     return torch.cuda.max_memory_allocated() - before, work
 
 
 def _resident_peak(cell: Cell) -> tuple[float, Work]:
     before, peak, done = resident_bytes(), 0, threading.Event()
+    work = Work(cell)  # cutting patches takes more for a moment than a small model's training does
 
     def watch() -> None:
         nonlocal peak
@@ -274,7 +270,7 @@ def _resident_peak(cell: Cell) -> tuple[float, Work]:
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        work = _trained(cell)
+        work.train()
     finally:
         done.set()
         thread.join()

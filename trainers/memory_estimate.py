@@ -1,4 +1,4 @@
-"""The terms of `trainers.memory` put together: which of them are there at once, and which moment needs most.
+"""The terms of a run put together: which of them are there at once, and which moment needs most.
 
 Pure arithmetic. `trainers.memory_plan` reads a `Job` from model, configuration and data, and shows the result.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers import memory
-from trainers.memory import Answering, ModelShape, Parameters, Precision, Sequence, Sharding, Trains
+from trainers import memory_activations as activations
+from trainers.memory import ModelShape, Parameters, Precision, Sharding, Trains
+from trainers.memory_activations import Answering, Sequence
 
 GB = 1e9
 """As cards are sold; 1 GiB is 1.07 of these."""
@@ -28,7 +30,7 @@ class Clip:
     @property
     def patches(self) -> int:
         """Of 16 x 16 pixels in two frames."""
-        return memory.MERGE * self.visual
+        return activations.MERGE * self.visual
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,11 @@ def _constant_terms(job: Job) -> list[Term]:
 
 
 def _pixel_bytes(job: Job) -> int:
-    return job.clip.patches * job.shape.vision.patch_values * memory.PIXEL_BYTES
+    return job.clip.patches * job.shape.vision.patch_values * activations.PIXEL_BYTES
 
 
 def _feature_bytes(job: Job, clips: int) -> float:
-    return memory.vision_output(job.shape, job.precision, clips * job.clip.visual)
+    return activations.vision_output(job.shape, job.precision, clips * job.clip.visual)
 
 
 def _update_terms(job: Job) -> list[Term]:
@@ -180,10 +182,10 @@ def _update_terms(job: Job) -> list[Term]:
     update, checkpointing = job.update, job.checkpointing
     clips = 1 if update.features_held else update.clips
     patches = clips * job.clip.patches
-    tower = memory.vision_kept(vision, precision, trains, patches, checkpointing=checkpointing)
-    kept = tower + memory.language_kept(text, precision, trains, update.sequence, checkpointing=checkpointing)
-    work = memory.layer_at_work(text, precision, trains, update.sequence, checkpointing=checkpointing)
-    head = memory.head_work(text, precision, trains, update.scored, fused=update.fused) + _at_the_end(job)
+    tower = activations.vision_kept(vision, precision, trains, patches, checkpointing=checkpointing)
+    kept = tower + activations.language_kept(text, precision, trains, update.sequence, checkpointing=checkpointing)
+    work = activations.layer_at_work(text, precision, trains, update.sequence, checkpointing=checkpointing)
+    head = activations.head_work(text, precision, trains, update.scored, fused=update.fused) + _at_the_end(job)
     gradients = memory.gradient_bytes(job.parameters, job.sharding) + _waiting_gradient(job)
     what = "inputs of the layers" if checkpointing else "of all layers"
     return [
@@ -191,7 +193,9 @@ def _update_terms(job: Job) -> list[Term]:
         Term("activations", kept, f"{what}, {update.sequence.tokens} tokens", "kept"),
         Term("one layer", work, "computed again, with its gradients" if checkpointing else "its gradients", "layer"),
         Term("logits", head, f"of {update.scored} positions, the head's gradient, the last norm", "head"),
-        Term("vision", tower + memory.vision_work(vision, precision, trains, patches), f"{clips} clip(s)", "vision"),
+        Term(
+            "vision", tower + activations.vision_work(vision, precision, trains, patches), f"{clips} clip(s)", "vision"
+        ),
     ]
 
 
@@ -206,7 +210,7 @@ def _at_the_end(job: Job) -> float:
     text, precision, update = job.shape.text, job.precision, job.update
     last = update.sequence.tokens * (4 + precision.stream) * text.hidden
     features = 0 if update.features_held else _feature_bytes(job, update.clips)
-    casts = text.layers * memory.cast_bytes(text, precision, job.trains) if job.checkpointing else 0
+    casts = text.layers * activations.cast_bytes(text, precision, job.trains) if job.checkpointing else 0
     return last + features + casts
 
 
@@ -215,13 +219,13 @@ def _answer_terms(job: Job) -> list[Term]:
     for moment, answering in (("rollout", job.rollout), ("validation", job.validation)):
         if answering is None:
             continue
-        prefill = memory.prefill_work(job.shape.text, job.precision, answering)
+        prefill = activations.prefill_work(job.shape.text, job.precision, answering)
         if moment == "validation":  # its clips come on top of those of the update
             prefill += answering.prompts * _pixel_bytes(job)
         if moment == "validation" or not job.update.features_held:
             prefill += _feature_bytes(job, answering.prompts)
         rows = f"{answering.prompts} prompt(s), {answering.answers} answers of {answering.new_tokens} tokens"
-        cache = memory.cache_bytes(job.shape.text, job.precision, answering)
+        cache = activations.cache_bytes(job.shape.text, job.precision, answering)
         terms.append(Term(f"{moment} cache", cache, f"keys and values of {rows}", moment))
         terms.append(Term(f"{moment} prefill", prefill, "", moment))
         if moment == "rollout" and job.gathers_for_rollout:

@@ -14,14 +14,15 @@ from typing import Any
 from torch import nn
 
 from datasets.video_dataset import VideoTemporalDataset, estimate_tokens
-from trainers import memory
-from trainers.memory import Answering, ModelShape, Parameters, Precision, Sharding, Trains
+from trainers import memory_activations as activations
+from trainers.memory import ModelShape, Parameters, Precision, Sharding, Trains
+from trainers.memory_activations import Answering
 from trainers.memory_estimate import GB, MOMENTS, Clip, Estimate, Job, Update, estimate
 from trainers.parts import parameter_size, part_of
 from utils.config import DataConfig, RLConfig, SFTConfig
 
 PADDED = {"sdpa": "masked", "eager": "eager", "flash_attention_2": "plain"}
-"""What attention stores of padded rows (`trainers.memory.Sequence`)."""
+"""What attention stores of padded rows (`trainers.memory_activations.Sequence`)."""
 ANSWERS_READ = 64
 """Rows whose answers are tokenised to find the longest."""
 
@@ -138,10 +139,10 @@ def read_job(
     )
 
 
-def _sequence(rows: int, tokens: int, padded: str) -> memory.Sequence:
+def _sequence(rows: int, tokens: int, padded: str) -> activations.Sequence:
     """Rows of `tokens` tokens; alone, a row has no padding."""
     kind = padded if rows > 1 or padded == "eager" else "plain"
-    return memory.Sequence(rows * tokens, kind, 0 if kind == "plain" else rows * tokens**2)
+    return activations.Sequence(rows * tokens, kind, 0 if kind == "plain" else rows * tokens**2)
 
 
 def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains, padded: str) -> Update:
@@ -156,7 +157,7 @@ def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains,
     if shared:
         suffix = group * (new - 1)
         mask = groups * suffix * (clip.tokens + suffix)
-        sequence = memory.Sequence(groups * (clip.tokens + suffix), "packed", mask)
+        sequence = activations.Sequence(groups * (clip.tokens + suffix), "packed", mask)
     else:
         sequence = _sequence(size, clip.tokens + new, padded)
     return Update(
@@ -194,7 +195,7 @@ def describe_estimate(found: Estimate) -> str:
     lines = [
         f"memory:      about {found.total / GB:.1f} GB on {where}, {MOMENTS[peak]}; "
         f"largest term: {found.largest.name}, {found.largest.num_bytes / GB:.1f} GB",
-        "  Estimated (trainers/memory.py) for the longest clip, frames as large as allowed. In brackets: at other moments.",
+        "  Arithmetic, for the longest clip with frames as large as allowed. In brackets: at other moments.",
     ]
     for term in found.terms:
         size = f"{term.num_bytes / GB:.2f}"

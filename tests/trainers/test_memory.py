@@ -12,7 +12,9 @@ from torch import nn
 
 from scripts.bench_memory import any_tokenizer, build_on
 from trainers import memory
-from trainers.memory import Answering, ModelShape, Parameters, Precision, Sequence, Sharding, TextShape, Trains
+from trainers import memory_activations as activations
+from trainers.memory import ModelShape, Parameters, Precision, Sharding, TextShape, Trains
+from trainers.memory_activations import Answering, Sequence
 from trainers.memory_plan import count_parameters, read_precision, what_trains
 from trainers.parts import LearningRates
 from trainers.shared_prefix import PrefixLayout, enable_shared_prefix
@@ -137,7 +139,7 @@ def test_a_decoder_layer_saves_what_the_formula_says(case: str, kind: str, build
     precision = read_precision(model, Args(bf16=autocast or half), deepspeed=half)
     assert precision.autocast is autocast
     call, shared = run_layer(model, kind, autocast=autocast)
-    expected = memory.layer_saved(shape, precision, what_trains(model), sequence_of(kind))
+    expected = activations.layer_saved(shape, precision, what_trains(model), sequence_of(kind))
     found = saved_bytes(model, call, without=shared)
     if kind == "packed" and precision.stream != precision.products:  # the prompt's keys are cast without the others
         assert found == pytest.approx(expected, rel=0.01)
@@ -149,7 +151,7 @@ def test_eager_attention_saves_the_scores_of_every_head() -> None:
     text = TextShape(256, 1024, 4, heads=8, kv_heads=2, head_dim=32, vocab=1000)
     half = Precision(2, 2, 2, autocast=False)
     plain, eager = (
-        memory.layer_saved(text, half, Trains(), Sequence(100, kind, mask))
+        activations.layer_saved(text, half, Trains(), Sequence(100, kind, mask))
         for kind, mask in (("plain", 0), ("eager", 10**4))
     )
     expanded = 100 * 2 * 2 * (256 - 64)
@@ -161,7 +163,7 @@ def test_dropout_keeps_a_mask_for_each_adapter() -> None:
     half = Precision(2, 2, 2, autocast=False)
     trains = Trains(targets=frozenset(ATTENTION), rank=4)
     with_dropout, without = (
-        memory.layer_saved(text, half, replace(trains, dropout=used), Sequence(100)) for used in (True, False)
+        activations.layer_saved(text, half, replace(trains, dropout=used), Sequence(100)) for used in (True, False)
     )
     assert with_dropout - without >= 100 * (3 * 256 + 256)
 
@@ -173,13 +175,13 @@ def test_checkpointing_keeps_the_inputs_and_computes_one_layer_again() -> None:
         Trains(targets=frozenset(ATTENTION), rank=4),
         Sequence(100),
     )
-    saved = memory.layer_saved(text, half, trains, sequence)
+    saved = activations.layer_saved(text, half, trains, sequence)
     rotary = 100 * 2 * 32 * 2
-    assert memory.language_kept(text, half, trains, sequence, checkpointing=True) == 10 * 100 * 256 * 2 + rotary
-    assert memory.language_kept(text, half, trains, sequence, checkpointing=False) == 10 * saved + rotary
+    assert activations.language_kept(text, half, trains, sequence, checkpointing=True) == 10 * 100 * 256 * 2 + rotary
+    assert activations.language_kept(text, half, trains, sequence, checkpointing=False) == 10 * saved + rotary
     gradients = 100 * (3 * 2 * 1024 + 2 * 256)
-    assert memory.layer_at_work(text, half, trains, sequence, checkpointing=True) == saved + gradients
-    assert memory.layer_at_work(text, half, trains, sequence, checkpointing=False) == gradients
+    assert activations.layer_at_work(text, half, trains, sequence, checkpointing=True) == saved + gradients
+    assert activations.layer_at_work(text, half, trains, sequence, checkpointing=False) == gradients
 
 
 # ---------------------------------------------------------------------------------------------- vision tower
@@ -204,11 +206,11 @@ def test_a_merger_and_a_vision_block_save_what_the_formula_says(case: str, build
             return visual.merger(hidden)
 
     casts = 2 * sum(p.numel() for p in visual.merger.parameters() if p.requires_grad) if autocast else 0
-    expected = memory.merger_saved(shape, precision) * patches
+    expected = activations.merger_saved(shape, precision) * patches
     assert expected <= saved_bytes(model, merger) - casts <= expected + 8 * patches  # mean and deviation of a row
     casts = 2 * sum(p.numel() for p in visual.blocks[0].parameters() if p.requires_grad) if autocast else 0
     found = saved_bytes(model, block, without=factors) - casts
-    assert found == pytest.approx(memory.block_saved(shape, precision) * patches, rel=0.02)
+    assert found == pytest.approx(activations.block_saved(shape, precision) * patches, rel=0.02)
 
 
 def test_a_frozen_tower_keeps_no_graph(build: Callable[..., Any]) -> None:
@@ -223,9 +225,9 @@ def test_a_frozen_tower_keeps_no_graph(build: Callable[..., Any]) -> None:
     assert saved_bytes(model, call) == 0 and not output[0].pooler_output.requires_grad
     shape = ModelShape.from_config(base_of(model).config).vision
     single = Precision(4, 4, 4, autocast=False)
-    assert memory.vision_kept(shape, single, what_trains(model), 16, checkpointing=False) == 0
-    mergers = memory.vision_kept(shape, single, Trains(mergers=True), 16, checkpointing=True)
-    assert mergers == 16 * 3 * memory.merger_saved(shape, single)
+    assert activations.vision_kept(shape, single, what_trains(model), 16, checkpointing=False) == 0
+    mergers = activations.vision_kept(shape, single, Trains(mergers=True), 16, checkpointing=True)
+    assert mergers == 16 * 3 * activations.merger_saved(shape, single)
 
 
 # ---------------------------------------------------------------------------------------------- weights and their like
@@ -342,19 +344,19 @@ def test_bitsandbytes_keeps_embeddings_in_32_bits() -> None:
 def test_head_of_labelled_positions_alone() -> None:
     text = TextShape(256, 1024, 4, heads=8, kv_heads=2, head_dim=32, vocab=1000)
     single, mixed = Precision(4, 4, 4, autocast=False), Precision(2, 4, 2, autocast=True)
-    assert memory.head_work(text, single, Trains(), 50, fused=False) == 50 * 1000 * 16
-    assert memory.head_work(text, mixed, Trains(), 50, fused=False) == 50 * 1000 * 14
+    assert activations.head_work(text, single, Trains(), 50, fused=False) == 50 * 1000 * 16
+    assert activations.head_work(text, mixed, Trains(), 50, fused=False) == 50 * 1000 * 14
     weight = 1000 * 256
-    few = memory.head_work(text, mixed, Trains(head=True), 2, fused=False)
+    few = activations.head_work(text, mixed, Trains(head=True), 2, fused=False)
     assert few == 2 * weight + 2 * 1000 * 2 + 4 * weight  # the cast weight, bf16 logits, the fp32 gradient
-    fused = memory.head_work(text, mixed, Trains(), 100_000, fused=True)
+    fused = activations.head_work(text, mixed, Trains(), 100_000, fused=True)
     assert fused == 2 * 32768 * (4096 + 256) + 4 * 100_000 * 256
 
 
 @pytest.mark.parametrize(("shared", "rows"), [(True, 2), (False, 16)])
 def test_cache_of_a_shared_prompt_is_kept_once(shared: bool, rows: int) -> None:
     text = TextShape(256, 1024, 4, heads=8, kv_heads=2, head_dim=32, vocab=1000)
-    found = memory.cache_bytes(text, Precision(2, 4, 2, autocast=True), Answering(rows, 1000, 16, 64))
+    found = activations.cache_bytes(text, Precision(2, 4, 2, autocast=True), Answering(rows, 1000, 16, 64))
     token = 2 * 4 * 2 * 32 * 2  # keys and values, layers, heads, width, bytes
     assert found == token * (rows * 1000 + 16 * 64)
 
@@ -365,4 +367,4 @@ def test_cache_against_a_real_prefill(build: Callable[..., Any]) -> None:
         cache = model(input_ids=torch.full((2, 50), 5), use_cache=True).past_key_values
     real = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     text = ModelShape.from_config(model.config).text
-    assert real == memory.cache_bytes(text, Precision(2, 4, 2, autocast=True), Answering(2, 50, 2, 0))
+    assert real == activations.cache_bytes(text, Precision(2, 4, 2, autocast=True), Answering(2, 50, 2, 0))
