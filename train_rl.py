@@ -19,6 +19,7 @@ settle_accelerator()
 
 from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
 from rewards import CompositeReward  # noqa: E402
+from trainers.memory_plan import describe_memory  # noqa: E402
 from trainers.merging import plan_start, settle_start  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
@@ -82,8 +83,9 @@ def main() -> int:
     if run is None:
         num_batches = batches_per_epoch(training_args, len(train_set))
         plan = describe_plan(policy.model, rates, train_set, val_set, training_args, num_batches=num_batches)
+        needed = describe_memory(policy.model, config, training_args, train_set, args.deepspeed)
         if is_rank_zero():
-            print(f"{plan}\n{describe_groups(train_set, training_args, reward)}")  # noqa: T201
+            print(f"{plan}\n{needed}\n{describe_groups(train_set, training_args, reward)}")  # noqa: T201
         return 0
     setup = TrainingSetup.from_config(config, rates, contract, run)
     rollout = RolloutSettings.from_training(config.training)

@@ -18,6 +18,7 @@ attach()
 settle_accelerator()
 
 from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
+from trainers.memory_plan import describe_memory  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
@@ -71,8 +72,10 @@ def main() -> int:
     policy = load_policy(config.model, config.lora, rates, deepspeed=bool(args.deepspeed))
     contract = PromptContract.current(config.prompt, config.data, policy.vision_tower)
     if run is None:
-        print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
-        print(describe_batch(train_set, min(2, training_args.per_device_train_batch_size)))  # noqa: T201
+        if is_rank_zero():
+            print(describe_plan(policy.model, rates, train_set, val_set, training_args))  # noqa: T201
+            print(describe_memory(policy.model, config, training_args, train_set, args.deepspeed))  # noqa: T201
+            print(describe_batch(train_set, min(2, training_args.per_device_train_batch_size)))  # noqa: T201
         return 0
     setup = TrainingSetup.from_config(config, rates, contract, run)
     trainer = VideoSFTTrainer(policy, train_set, val_set, training_args, setup)

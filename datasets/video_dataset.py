@@ -20,7 +20,7 @@ from utils.prompts import build_messages, format_answer
 from utils.rows import Row, clip_bounds, load_annotations, look_up_video, model_windows
 from utils.selection import select_rows
 from utils.spans import parse_spans
-from utils.video import VideoClip, VideoReadError, clip_from_frames, plan_size, read_clip
+from utils.video import FrameBudget, VideoClip, VideoReadError, clip_from_frames, plan_num_frames, plan_size, read_clip
 
 _MARKER_TOKENS = 9
 """Tokens of one `<12.5 seconds>` marker with its vision_start and vision_end; an estimate for length grouping only."""
@@ -34,6 +34,15 @@ def require_annotations(data: DataConfig) -> None:
         for source in sources:
             if not source.path.is_file():
                 raise UserError(f"data.{split} names {source.path}, which does not exist (relative to {Path.cwd()})")
+
+
+def estimate_tokens(duration_s: float, budget: FrameBudget) -> tuple[int, int]:
+    """Visual tokens, and all tokens of a sample, from a clip's duration alone: as if its frames were 16:9."""
+    num_frames = plan_num_frames(duration_s, budget.max_frames, budget)
+    height, width = plan_size(num_frames, 720, 1280, budget)
+    patches = (num_frames + 1) // 2
+    visual = patches * (height * width // 1024)
+    return visual, visual + patches * _MARKER_TOKENS + _TEXT_TOKENS
 
 
 class VideoTemporalDataset(Dataset[Sample]):
@@ -185,11 +194,7 @@ class VideoTemporalDataset(Dataset[Sample]):
         return [self._estimated_length(row) for row in self.rows]
 
     def _estimated_length(self, row: Row) -> int:
-        budget = self.data.budget
-        num_frames = int(min(max(round(row.duration * budget.fps), budget.min_frames), budget.max_frames))
-        height, width = plan_size(num_frames, 720, 1280, budget)
-        patches = (num_frames + 1) // 2
-        return patches * (height * width // 1024 + _MARKER_TOKENS) + _TEXT_TOKENS
+        return estimate_tokens(row.duration, self.data.budget)[1]
 
 
 class VideoQADataset(VideoTemporalDataset):

@@ -212,6 +212,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(
     assert f"steps:       {2 * per_epoch} ({per_epoch} an epoch)" in result.out
     assert f"{left_out} rows do not fill one" in result.out
     assert "x 4 completions" in result.out and "reward:      1 x temporal_iou" in result.out
+    assert "memory:      about 0." in result.out and "\n  rollout cache " in result.out
     assert "<0.2 seconds><|vision_start|><|video_pad|>*2<|vision_end|><1.2 seconds>" in result.out
     assert not (tmp_path / "run").exists()
 

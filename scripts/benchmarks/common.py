@@ -12,9 +12,9 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -129,47 +129,48 @@ def peaks_in_fresh_processes(names: Sequence[str], measure: Callable[[str], Time
 
 
 def _hand_back_and(measure: Callable[[str], Times], name: str) -> Times:
-    library = ctypes.CDLL(None)
-    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: memory goes back when it is freed
-        library.mallopt(option, 1 << 16)
+    hand_freed_memory_back()
     return measure(name)
 
 
+def hand_freed_memory_back() -> None:
+    """From now on memory goes back to the system when it is freed, not when the allocator sees fit."""
+    library = ctypes.CDLL(None)
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        library.mallopt(option, 1 << 16)
+
+
 def peak_mib(device: str, call: Callable[[], Any]) -> float:
-    """Peak MiB during a call, above what was in use before it (weights, pixels).
-
-    CUDA: torch's own count. Else resident memory, sampled every 2 ms.
-    """
-    return _cuda_peak(call) if device == "cuda" else _resident_peak(call)
-
-
-def _cuda_peak(call: Callable[[], Any]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    """Peak MiB during a call, above what was in use before it (weights, pixels)."""
+    restart_peak(device)
+    before = bytes_in_use(device)
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return (peak_bytes(device) - before) / 2**20
 
 
-def _resident_peak(call: Callable[[], Any]) -> float:
-    before, peak, done = _resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, _resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    call()
-    done.set()
-    thread.join()
-    return max(0, peak - before) / 2**20
+def bytes_in_use(device: str) -> int:
+    """CUDA: torch's own count. Else the resident memory of this process, as Linux counts it."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _resident_bytes("VmRSS")
 
 
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+def peak_bytes(device: str) -> int:
+    """The most that `bytes_in_use` has been since `restart_peak`, moments between two looks included."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_bytes("VmHWM")
+
+
+def restart_peak(device: str) -> None:
+    """Forget the peak so far. Source of the "5": Linux, Documentation/filesystems/proc.rst."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise UserError(f"/proc/self/status has no {name}: this system does not count resident memory")
+    return int(found[1]) * 1024
 
 
 # ---------------------------------------------------------------------------------------------- machine
