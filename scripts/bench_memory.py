@@ -317,7 +317,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--new_tokens", type=int, default=32, help="grpo: tokens of a completion (%(default)s)")
     run.add_argument("--json", type=Path, help="also write the records here, indented")
     config = commands.add_parser("plan", help="the estimate for a configuration")
-    config.add_argument("--config", type=Path, required=True, help="of SFT or GRPO")
+    config.add_argument("--config", type=Path, required=True, help="the stage's own")
+    config.add_argument("--stage", choices=("sft", "grpo"), default="sft")
     config.add_argument("--data_config", type=Path, default=REPO_ROOT / "configs/data/video_config.yaml")
     config.add_argument(
         "--size", choices=(*FAMILY, *SIZES), required=True, help="the model, as model.name_or_path has it"

@@ -6,7 +6,8 @@ usage() {
     cat <<'USAGE'
 Usage: scripts/test.sh [--all] [pytest arguments]
 
-Without arguments: env/install.sh, ruff, mypy, and the tests that are not marked slow, gpu, multiprocess or browser.
+Without arguments: env/install.sh, ruff, mypy, and the tests that are not marked slow, gpu, multiprocess or browser, on
+all cores.
 
   --all    every test; those that need a GPU or a browser are skipped where there is none. The result (counts, seconds,
            what was skipped and why) is written to docs/testing.md
@@ -53,8 +54,10 @@ if $all; then
     step pytest "$python" -m pytest --junitxml "$report/junit.xml" ${pytest_arguments[@]+"${pytest_arguments[@]}"}
     "$python" scripts/summarise_tests.py "$report/junit.xml" docs/testing.md
 else
+    # The whole fast suite in a process for each core; a file stays in one, whose fixtures it shares.
+    ((${#pytest_arguments[@]})) || pytest_arguments=(-n logical --maxprocesses 8 --dist loadfile)
     step pytest "$python" -m pytest -m "not slow and not gpu and not multiprocess and not browser" \
-        ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+        "${pytest_arguments[@]}"
 fi
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

@@ -123,3 +123,16 @@ def _logger_as_it_was() -> Iterator[None]:
     logger.propagate = True  # caplog listens at the root
     yield
     logger.level, logger.propagate, logger.handlers[:] = before
+
+
+_WORLD = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+
+
+@pytest.fixture(autouse=True)
+def _world_as_it_was() -> Iterator[None]:
+    """A run with --deepspeed makes its process a world of one; a process that a later test starts is no part of it."""
+    yield
+    for name, value in _WORLD.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value

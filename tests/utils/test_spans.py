@@ -781,7 +781,7 @@ NO_WINDOWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", NO_WINDOWS, ids=repr)
+@pytest.mark.parametrize("value", NO_WINDOWS, ids=lambda value: repr(value).split(" at 0x")[0])
 def test_iou_is_zero_for_what_is_no_window(value):
     assert temporal_iou(value, (0, 4)) == 0.0
     assert temporal_iou((0, 4), value) == 0.0
