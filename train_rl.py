@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; anything of the form a.b=c overrides a configuration key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML with model, lora, rewards and training")
-    parser.add_argument("--data_config", type=Path, required=True, help="YAML with data and prompt")
+    parser.add_argument("--data_config", type=Path, help="YAML with data and prompt, where --config has none")
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/rl")
     parser.add_argument("--model_path", help="SFT checkpoint to start from; short for model.name_or_path=...")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
@@ -54,11 +54,11 @@ def main() -> int:
     """Train, and return the exit status."""
     args = parse_args()
     overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
-    config = load_config(RLConfig, [args.config, args.data_config], overrides)
+    config = load_config(RLConfig, list(filter(None, (args.config, args.data_config))), overrides)
     reward = CompositeReward(config.rewards)
     rates = LearningRates.from_training(config.training)
     setup_logging()
-    require_annotations(config.data)  # at once, before anything is loaded
+    require_annotations(config.data)  # at once, before anything is written or loaded
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     start = (config.model, config.lora, rates)
     model_config = settle_start(*start, args.output_dir) if run is not None else plan_start(*start)

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; anything of the form a.b=c overrides a configuration key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML with model, lora and training")
-    parser.add_argument("--data_config", type=Path, required=True, help="YAML with data and prompt")
+    parser.add_argument("--data_config", type=Path, help="YAML with data and prompt, where --config has none")
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/sft")
     parser.add_argument("--model_path", help="base model or checkpoint; short for model.name_or_path=...")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
@@ -51,15 +51,15 @@ def main() -> int:
     """Train, and return the exit status."""
     args = parse_args()
     overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
-    config = load_config(SFTConfig, [args.config, args.data_config], overrides)
+    config = load_config(SFTConfig, list(filter(None, (args.config, args.data_config))), overrides)
     if args.deepspeed:
         settle_world()
     # Before any model is built: under ZeRO-3 these arguments decide how weights are loaded.
     device = {} if torch.accelerator.is_available() else {"use_cpu": True}
     training_args = config.training.to_training_arguments(args.output_dir, args.deepspeed, **device)
+    require_annotations(config.data)  # at once, before anything is written or loaded
     run = None if args.dry_run else start_run(args.output_dir, config, args.resume_from_checkpoint)
     setup_logging()
-    require_annotations(config.data)  # at once, before a hub is asked for anything
     processor = load_processor(resolve_source(config.model.name_or_path), config.model)
     train_set = VideoTemporalDataset(config.data, processor, config.prompt, seed=config.training.seed)
     val_set = None

@@ -30,10 +30,10 @@ _TEXT_TOKENS = 64
 
 def require_annotations(data: DataConfig) -> None:
     """Raise UserError when an annotation file that training reads does not exist; quick, opens nothing."""
-    for split, sources in (("train", data.train), ("val", data.val)):
-        for source in sources:
-            if not source.path.is_file():
-                raise UserError(f"data.{split} names {source.path}, which does not exist (relative to {Path.cwd()})")
+    splits = (("train", data.train), ("val", data.val))
+    absent = [f"data.{name} names {s.path}" for name, split in splits for s in split if not s.path.is_file()]
+    if absent:
+        raise UserError(f"{'; '.join(absent)}: no such file (relative to {Path.cwd()})")
 
 
 def estimate_tokens(duration_s: float, budget: FrameBudget) -> tuple[int, int]:

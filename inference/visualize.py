@@ -200,7 +200,9 @@ def _draw_lanes(axes: Axes, lanes: Sequence[Lane], truths: Sequence[Span], limit
         top += _lane_height(lane)
         axes.axhline(top, color=FAINT, linewidth=0.8)
     if any(lane.ious for lane in lanes):
-        _side_text(axes, _RIGHT - _MARGIN, -0.14, "IoU", ha="right", color=MUTED, fontsize=10)
+        several = any(lane.kind == "ground truth" and len(lane.windows) > 1 for lane in lanes)
+        heading = "best IoU" if several else "IoU"
+        _side_text(axes, _RIGHT - _MARGIN, -0.14, heading, ha="right", color=MUTED, fontsize=10)
 
 
 def _draw_lane(axes: Axes, lane: Lane, gid: str, middle: float, limits: tuple[float, float]) -> None:

@@ -52,7 +52,7 @@ show_help() { # show_help ENTRY.py: the head of the script that was started, the
 }
 
 launch() {
-    local entry=$root/$1 config=$2 output_dir=$3 data_config=$root/configs/data/video_config.yaml
+    local entry=$root/$1 config=$2 output_dir=$3 data_config=""
     local num_gpus="" num_nodes="" node_rank="" master_addr="" master_port="" hostfile="" sft_checkpoint=""
     local rest=() plan=() cluster name value gpus
     shift 3
@@ -95,7 +95,10 @@ launch() {
         # Without a GPU: processes talk over gloo, DeepSpeed uses its CPU accelerator, threads do not wait by spinning.
         export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=passive
     fi
-    set -- --config "$config" --data_config "$data_config" --output_dir "$output_dir" \
+    if [ -z "$data_config" ] && ! grep -q '^data:' "$config" 2>/dev/null; then # the record of a run has its data too
+        data_config=$root/configs/data/video_config.yaml
+    fi
+    set -- --config "$config" ${data_config:+--data_config "$data_config"} --output_dir "$output_dir" \
         ${sft_checkpoint:+--model_path "$sft_checkpoint"} ${rest[@]+"${rest[@]}"}
     if [ ${#plan[@]} -eq 0 ] && [ "$num_gpus" -eq 1 ] && [[ " $* " != *" --deepspeed"[\ =]* ]]; then
         exec "$python" "$entry" "$@"

@@ -10,7 +10,7 @@
 #
 # --sft_checkpoint FOLDER  where training begins: an adapter or full weights (default: the config's model.name_or_path)
 # --config FILE            model, lora, rewards, training (default: configs/training/rl_config.yaml)
-# --data_config FILE       data, prompt (default: configs/data/video_config.yaml)
+# --data_config FILE       data, prompt (default: those of --config, or configs/data/video_config.yaml)
 # --output_dir FOLDER      the run's folder (default: outputs/rl)
 #
 set -euo pipefail

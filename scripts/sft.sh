@@ -9,7 +9,7 @@
 # Configuration:
 #
 # --config FILE         model, lora, training (default: configs/training/sft_config.yaml)
-# --data_config FILE    data, prompt (default: configs/data/video_config.yaml)
+# --data_config FILE    data, prompt (default: those of --config, or configs/data/video_config.yaml)
 # --output_dir FOLDER   the run's folder (default: outputs/sft)
 #
 set -euo pipefail

@@ -97,6 +97,7 @@ def test_a_whole_run_and_its_resume(arguments: list[str], run: Run, tmp_path: Pa
     shutil.rmtree(folder / "checkpoint-4")
     resumed = run(arguments, "--resume_from_checkpoint")
     assert resumed.status == 0 and "going on from" in resumed.err
+    assert "missing keys" not in resumed.err  # the head is the embeddings
     after = read_metrics(tmp_path / "metrics" / "run.jsonl")
     assert [r["train/loss"] for r in after if "train/loss" in r] == [
         r["train/loss"] for r in records if "train/loss" in r
@@ -150,6 +151,27 @@ def test_what_cannot_be_found_is_one_clear_error(
     last = result.err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in result.err
+
+
+def test_all_missing_annotation_files_are_named_before_anything_is_written(
+    arguments: list[str], run: Run, tmp_path: Path
+) -> None:
+    result = run(arguments, "data.train=[a.jsonl, b.jsonl]", "data.val=c.jsonl")
+    last = result.err.strip().splitlines()[-1]
+    assert "data.train names a.jsonl; data.train names b.jsonl; data.val names c.jsonl: no such file" in last
+    assert result.status == 2 and not (tmp_path / "run").exists()
+
+
+def test_the_record_of_a_run_repeats_it(arguments: list[str], run: Run, tmp_path: Path) -> None:
+    short = ["training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"]
+    assert run(arguments, *short).status == 0
+    record = tmp_path / "run/config.yaml"
+    again = run(["--config", str(record), "--output_dir", str(tmp_path / "again")], "training.run_name=again")
+    assert again.status == 0 and (tmp_path / "again/config.yaml").read_text() == record.read_text().replace(
+        "run_name: null", "run_name: again"
+    )
+    first, second = (read_metrics(tmp_path / f"metrics/{name}.jsonl")[0]["train/loss"] for name in ("run", "again"))
+    assert first == second
 
 
 def test_empty_and_bad_annotation_files(arguments: list[str], run: Run, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def describe_plan(
         f"process(es) = {batch}",
         f"steps:       {steps} ({per_epoch} an epoch), warm-up {args.get_warmup_steps(steps)}, "
         f"{args.lr_scheduler_type.value}",
-        f"tokens:      about {lengths[len(lengths) // 2]} a sample (median), {lengths[-1]} at most, from durations",
+        f"tokens:      up to {lengths[len(lengths) // 2]} in the median sample, {lengths[-1]} in the longest; "
+        "small frames give fewer",
         f"precision:   weights {next(model.parameters()).dtype}, bf16 autocast {args.bf16}".replace("torch.", ""),
         f"parameters:  {describe_trainable(model, rates)}",
         f"checkpoints: every {args.save_steps} steps to {args.output_dir}, validation every {args.eval_steps}",

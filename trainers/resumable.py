@@ -144,6 +144,12 @@ class ResumableTrainer(Trainer):
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics, None)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer's, about what is missing; a head that is tied to the embeddings is not."""
+        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     # ------------------------------------------------------------------ half-filled records
     def progress(self) -> dict[str, Any]:
         """What this process has counted and not yet logged."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ KINDS: dict[str, Kind] = {
     "outer_space": Kind(
         "the sentence begins or ends with white space", is_error=False, repairs={"clip": _strip_sentence}
     ),
+    "special_token": Kind("the sentence holds a control token of the model, such as <|im_end|>"),
     "bad_duration": Kind("duration is not > 0"),
     "start_ge_end": Kind("a window does not start before it ends", repairs={"swap": _swap_ends}),
     "negative_start": Kind("a window starts before 0", repairs={"clip": _clip_negative}),
@@ -122,6 +124,9 @@ KINDS: dict[str, Kind] = {
     "shared_video": Kind("the video is in an --against file too", is_error=False),
 }
 """Every kind of problem, by its slug. All can be dropped."""
+
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+"""Qwen's own way of writing them. Training asks the model's tokenizer, which is not at hand here."""
 
 VALUE_FAULTS = {"empty_sentence", "bad_duration", "start_ge_end", "negative_start", "bad_trim"}
 """Faults of a row by itself that leave it every field, of its type: it can be written in the normal form all the
@@ -264,6 +269,8 @@ class Checker:
     def _row_findings(self, row: Row, others: Mapping[int, list[str]], earlier: dict[Any, Row]) -> Iterator[Finding]:
         if row.sentence != row.sentence.strip():
             yield "outer_space", "`sentence` begins or ends with white space"
+        if token := _CONTROL_TOKEN.search(row.sentence):
+            yield "special_token", f"`sentence` holds {token[0]}, which a model would obey; training leaves the row out"
         yield from self._trim_length(row)
         yield from self._video_findings(row)
         if id(row) in others:  # one cause: what the wrong reading does to windows and lengths is not counted again

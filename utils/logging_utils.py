@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,8 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, level: str |
     """
     logger = get_logger()
     logger.setLevel(_level_number(level))
+    # PEFT and TRL ask transformers by a name that it renamed; nothing here or in a user's hands would change that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logger.propagate = False  # a library that configures the root logger would otherwise print every line twice
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())

@@ -131,6 +131,16 @@ def test_one_process_needs_no_launcher(machine: Machine) -> None:
     assert machine.call_environment()["DS_ACCELERATOR"] == "cpu"
 
 
+def test_a_configuration_with_its_own_data_gets_no_other(machine: Machine, tmp_path: Path) -> None:
+    record = tmp_path / "config.yaml"
+    record.write_text("model: {}\ndata:\n  train: [rows.jsonl]\n")
+    assert machine.start("--config", str(record)).returncode == 0
+    assert machine.call() == [SFT_REST[0], "--config", str(record), "--output_dir", "outputs/sft"]
+    record.write_text("model: {}\n")
+    assert machine.start("--config", str(record)).returncode == 0
+    assert machine.call()[3:5] == SFT_REST[3:5]
+
+
 def test_several_gpus_get_a_process_each(machine: Machine) -> None:
     machine.gpus(4)
     machine.start(script="rl.sh")

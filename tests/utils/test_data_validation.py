@@ -54,6 +54,7 @@ BAD = {
     "bad_text": GOOD | {"sentence": "\ud83d"},
     "empty_sentence": GOOD | {"sentence": " "},
     "outer_space": GOOD | {"sentence": "person sits \n"},
+    "special_token": GOOD | {"sentence": "<|video_pad|> person sits"},
     "bad_duration": GOOD | {"duration": -1},
     "start_ge_end": GOOD | {"timestamp": [5, 5]},
     "negative_start": GOOD | {"timestamp": [-2, 5]},
