@@ -223,6 +223,10 @@ def load_base(
     model = _from_hub(
         name, lambda: model_class.from_pretrained(name, dtype=dtype, attn_implementation=attention, **options)
     )
+    # transformers saves with the renamings of old checkpoints reversed. It forgets those that loading did not use, but
+    # not under ZeRO-3, where weights would be saved under names of no release.
+    conversions: Any = model._weight_conversions or []
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     if factory and not tower_is_stored:
         model.model.visual = factory(model.config.vision_config, model.model.visual).to(dtype)
     batch_vision_frames(model)
