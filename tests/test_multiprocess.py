@@ -1,5 +1,5 @@
-"""Two processes on the CPU through `scripts/sft.sh` and `scripts/rl.sh`, as on two GPUs: plain DDP and DeepSpeed
-ZeRO-2."""
+"""Two processes on the CPU through `scripts/sft.sh` and `scripts/rl.sh`, as on two GPUs: plain DDP, DeepSpeed ZeRO-2,
+and ZeRO-3 with offload."""
 
 from __future__ import annotations
 
@@ -217,7 +217,10 @@ def test_sharing_changes_nothing_on_two_processes(grpo: Callable[..., Path]) -> 
     assert texts[0] == texts[1]
 
 
-def test_two_processes_step_as_one_with_double_accumulation(grpo: Callable[..., Path], answering_adapter: Path) -> None:
+@pytest.mark.parametrize("deepspeed", ZERO, ids=["ddp", "zero2", "zero3"])
+def test_two_processes_step_as_one_with_double_accumulation(
+    deepspeed: str | None, grpo: Callable[..., Path], answering_adapter: Path
+) -> None:
     """Processes draw from generators of their own, so here nothing is left to chance: every completion is the likeliest
     one (top_k 1), and the labelled answer stands beside three of them, so that rewards differ. Plain gradient descent:
     the weights move by the gradient itself."""
@@ -225,12 +228,13 @@ def test_two_processes_step_as_one_with_double_accumulation(grpo: Callable[..., 
         "training.top_k=1", "training.temperature=1", "training.ground_truth_rollout=true", "training.max_steps=1",
         "training.optim=sgd", "training.learning_rate=10", "training.max_grad_norm=0",
     ]  # fmt: skip
-    two = grpo("two", 2, *BARE, *options)
+    two = grpo("two", 2, *BARE, *options, *(["--deepspeed", str(REPO_ROOT / deepspeed)] if deepspeed else []))
     one = grpo("one", 1, *BARE, *options, "training.gradient_accumulation_steps=4")
     rollouts = [read_records(folder / ROLLOUTS_FILE) for folder in (two, one)]
     assert rollouts[0] == rollouts[1] and len(rollouts[0]) == 4
     assert any(completion["advantage"] > 0.1 for record in rollouts[0] for completion in record["completions"])
     assert values(two, "train/loss") == pytest.approx(values(one, "train/loss"), abs=1e-5)
+    assert values(two, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-4)
     start, after, alone = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (answering_adapter, two / "checkpoint-final", one / "checkpoint-final")
