@@ -141,7 +141,10 @@ def test_an_error_on_one_process_ends_the_other_and_is_shown(
     start: Callable[..., Any], demo_data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "own_rewards.py").write_text(REWARD)
-    more = ["rewards={own_rewards:Breaks: {weight: 1.0}}", "training.max_steps=10000"]
+    shipped = (REPO_ROOT / "configs/demo/rl_config.yaml").read_text()
+    config = tmp_path / "rl_config.yaml"
+    config.write_text(shipped.replace("  temporal_iou:\n", '  "own_rewards:Breaks":\n'))
+    more = ["--config", str(config), "training.max_steps=10000"]
     process, errors = start("rl", demo_data / "train.jsonl", *more)
     wait_until(lambda: "the reward of rank 1 broke" in errors.read_text(), process, errors)
     died = time.monotonic()
