@@ -215,21 +215,23 @@ def entropy(policy: Policy, samples: Sequence[Any], answers: dict[int, list[str]
 
 
 def match_temperature(args: argparse.Namespace, places: list[str], sft: Path, target: float) -> float:
-    """The temperature at which the SFT model's entropy on its own samples is `target`, by bisection to 0.01."""
+    """The temperature at which the SFT model's entropy on its own samples is `target`, to 5 %: bisection of its
+    logarithm, since answers that are nearly tied stay open down to very low ones."""
     path = args.output_dir / "scores" / "matched_temperature.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["temperature"]
     policy = load_for_inference(str(sft))
     dataset = held_out(args, places, policy, "val")
     samples = [dataset[index] for index in range(min(128, len(dataset)))]
-    low, high = 0.05, 2.0
-    while high - low > 0.01:
-        middle = (low + high) / 2
+    low, high = 0.001, 2.0
+    while high / low > 1.05:
+        middle = (low * high) ** 0.5
         seed_everything(0)
         found = entropy(policy, samples, dict(draw(args, policy, samples, middle)), middle)
         low, high = (middle, high) if found < target else (low, middle)
-    write_json(path, {"temperature": (low + high) / 2, "entropy": target})
-    return (low + high) / 2
+    matched = (low * high) ** 0.5
+    write_json(path, {"temperature": matched, "entropy": target})
+    return matched
 
 
 # ---------------------------------------------------------------------------------------------- report
@@ -250,7 +252,7 @@ def report(folder: Path, results: dict[str, dict[str, Any]], matched: float, abo
         rows[name] = row
     head = f"{f'{num_queries} held-out queries':<24}{'mIoU':>8}{'sampled':>10}{'entropy':>10}"
     print("\n".join(["", head + "   GRPO minus it: greedy, sampled (95 %)", *lines]))
-    print(f"SFT's temperature at GRPO's entropy: {matched:.2f}; SFT was continued as {about['chosen']}")
+    print(f"SFT's temperature at GRPO's entropy: {matched:.3f}; SFT was continued as {about['chosen']}")
     write_json(
         folder / "study.json", {"num_queries": num_queries, "matched_temperature": matched, **about, "rows": rows}
     )
