@@ -21,10 +21,11 @@ from utils.logging_utils import read_metrics
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
+ZERO = [None, "configs/deepspeed/ds_zero2.json", "configs/deepspeed/ds_zero3_offload.json"]
 RATES = {"language": 1e-3, "mm_projector": 2e-4, "head": 4e-4}
 
 
-@pytest.mark.parametrize("deepspeed", [None, "configs/deepspeed/ds_zero2.json"])
+@pytest.mark.parametrize("deepspeed", ZERO, ids=["ddp", "zero2", "zero3"])
 def test_two_processes_train_and_the_checkpoint_loads(
     deepspeed: str | None, tiny_model: Path, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -112,7 +113,6 @@ def sft(tiny_model: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Path
     return launch
 
 
-ZERO = [None, "configs/deepspeed/ds_zero2.json", "configs/deepspeed/ds_zero3_offload.json"]
 SHARE = ("training.share_video=true", "training.max_queries_per_video=2")
 
 
