@@ -6,9 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from utils.attach import attach
@@ -27,34 +24,19 @@ from trainers.plan import describe_groups, describe_plan  # noqa: E402
 from trainers.rl_trainer import RolloutSettings, VideoGRPOTrainer  # noqa: E402
 from trainers.rollout_batches import batches_per_epoch, check_batch_shape  # noqa: E402
 from trainers.run_keeper import TrainingSetup  # noqa: E402
-from utils.config import RLConfig, load_config  # noqa: E402
+from utils.config import RLConfig  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
 from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402
 from utils.prompts import PromptContract  # noqa: E402
-from utils.run import start_run  # noqa: E402
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; anything of the form a.b=c overrides a configuration key."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML with model, lora, rewards and training")
-    parser.add_argument("--data_config", type=Path, help="YAML with data and prompt, where --config has none")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/rl")
-    parser.add_argument("--model_path", help="SFT checkpoint to start from; short for model.name_or_path=...")
-    parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
-    parser.add_argument("--resume_from_checkpoint", nargs="?", const="auto", help="a checkpoint-<step> folder, or auto")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="load and check everything, show the plan, train nothing"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
-    return parser.parse_intermixed_args(argv)
+from utils.run import start_run, training_config, training_parser  # noqa: E402
 
 
 def main() -> int:
     """Train, and return the exit status."""
-    args = parse_args()
-    overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
-    config = load_config(RLConfig, list(filter(None, (args.config, args.data_config))), overrides)
+    args = training_parser(
+        __doc__, sections="model, lora, rewards and training", starts_from="SFT checkpoint to start from"
+    ).parse_intermixed_args()
+    config = training_config(RLConfig, args)
     reward = CompositeReward(config.rewards)
     rates = LearningRates.from_training(config.training)
     setup_logging()

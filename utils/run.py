@@ -1,7 +1,8 @@
-"""The start of a run: its folder, its log, and the record of what it ran with. Shared by SFT and RL."""
+"""The start of a run: command line, folder, log, and the record of what it ran with. Shared by SFT and RL."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -13,10 +14,32 @@ from typing import Any
 
 from utils.checkpoints import passed_over, recover, resolve_resume
 from utils.common import REPO_ROOT, UserError, seed_everything, write_json
-from utils.config import StrictModel, save_config
+from utils.config import ConfigT, StrictModel, load_config, save_config
 from utils.config_yaml import parse_yaml
 from utils.logging_utils import environment_versions, get_logger, git_revision, is_rank_zero, setup_logging
 from utils.weight_files import require_safetensors
+
+
+def training_parser(description: str | None, *, sections: str, starts_from: str) -> argparse.ArgumentParser:
+    """The command line of an entry script. `sections` are those of its --config, `starts_from` what --model_path is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help=f"YAML with {sections}; or the record of a run")
+    parser.add_argument("--data_config", type=Path, help="YAML with data and prompt, where --config has none")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/sft, outputs/rl")
+    parser.add_argument("--model_path", help=f"{starts_from}; short for model.name_or_path=...")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON, e.g. configs/deepspeed/ds_zero2.json")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const="auto", help="a checkpoint-<step> folder, or auto")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="load and check everything, show the plan, train nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    return parser
+
+
+def training_config(cls: type[ConfigT], args: argparse.Namespace) -> ConfigT:
+    """The configuration that `args` of `training_parser` ask for. Raises ConfigError with every mistake."""
+    overrides = [*args.overrides, *([f"model.name_or_path={args.model_path}"] if args.model_path else [])]
+    return load_config(cls, [path for path in (args.config, args.data_config) if path], overrides)
 
 
 @dataclass(frozen=True)
