@@ -1,6 +1,6 @@
-"""Writes docs/testing.md from the JUnit file of a test run: date, machine, counts, seconds, what was skipped and why.
+"""Writes docs/testing.md from the JUnit files of a test run: date, machine, counts, seconds, what was skipped and why.
 
-Used by `scripts/test.sh --all`: python scripts/summarise_tests.py junit.xml docs/testing.md
+Used by `scripts/test.sh --all`: python scripts/summarise_tests.py fast.xml rest.xml docs/testing.md
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import platform
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -38,9 +39,9 @@ class Case:
     """Why it was skipped, or the first line of the failure; empty when passed."""
 
 
-def read_cases(path: Path) -> list[Case]:
-    """The tests of a JUnit file, in the order they ran."""
-    return [_case(element) for element in ElementTree.parse(path).iter("testcase")]
+def read_cases(paths: Iterable[Path]) -> list[Case]:
+    """The tests of JUnit files."""
+    return [_case(element) for path in paths for element in ElementTree.parse(path).iter("testcase")]
 
 
 def _case(element: ElementTree.Element) -> Case:
@@ -63,7 +64,7 @@ def render(cases: list[Case], when: datetime) -> str:
         "",
         f"- {when:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")),
-        f"- {_counts(cases)} in {sum(case.seconds for case in cases):.0f} s",
+        f"- {_counts(cases)} ; their seconds add up to {sum(case.seconds for case in cases):.0f}",
         "",
         "| tests | passed | failed | skipped | seconds |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -99,9 +100,9 @@ def _section(title: str, items: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Read the JUnit file and write the report."""
+    """Read the JUnit files and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("junit", type=Path)
+    parser.add_argument("junit", type=Path, nargs="+")
     parser.add_argument("report", type=Path)
     args = parser.parse_args()
     cases = read_cases(args.junit)

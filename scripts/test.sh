@@ -48,16 +48,22 @@ if ((${#pytest_arguments[@]} == 0)); then
     step ruff "$python" -m ruff check
     step mypy "$python" -m mypy
 fi
-if $all; then
+slow="slow or gpu or multiprocess or browser"
+# The whole fast suite in a process for each core; a file stays in one, whose fixtures it shares.
+spread=(-n logical --maxprocesses 8 --dist loadfile)
+if ! $all; then
+    ((${#pytest_arguments[@]})) || pytest_arguments=("${spread[@]}")
+    step pytest "$python" -m pytest -m "not ($slow)" "${pytest_arguments[@]}"
+else
     report="$(mktemp -d)"
     trap 'rm -rf "$report"' EXIT
-    step pytest "$python" -m pytest --junitxml "$report/junit.xml" ${pytest_arguments[@]+"${pytest_arguments[@]}"}
-    "$python" scripts/summarise_tests.py "$report/junit.xml" docs/testing.md
-else
-    # The whole fast suite in a process for each core; a file stays in one, whose fixtures it shares.
-    ((${#pytest_arguments[@]})) || pytest_arguments=(-n logical --maxprocesses 8 --dist loadfile)
-    step pytest "$python" -m pytest -m "not slow and not gpu and not multiprocess and not browser" \
-        "${pytest_arguments[@]}"
+    if ((${#pytest_arguments[@]})); then
+        step pytest "$python" -m pytest --junitxml "$report/all.xml" "${pytest_arguments[@]}"
+    else # those that start several processes, or are killed at certain moments, have the machine to themselves
+        step "pytest, fast" "$python" -m pytest -m "not ($slow)" --junitxml "$report/fast.xml" "${spread[@]}"
+        step "pytest, the rest" "$python" -m pytest -m "$slow" --junitxml "$report/rest.xml"
+    fi
+    "$python" scripts/summarise_tests.py "$report"/*.xml docs/testing.md
 fi
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"
