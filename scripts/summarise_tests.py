@@ -64,7 +64,7 @@ def render(cases: list[Case], when: datetime) -> str:
         "",
         f"- {when:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")),
-        f"- {_counts(cases)} ; their seconds add up to {sum(case.seconds for case in cases):.0f}",
+        f"- {_counts(cases)}; their seconds add up to {sum(case.seconds for case in cases):.0f}",
         "",
         "| tests | passed | failed | skipped | seconds |",
         "| --- | ---: | ---: | ---: | ---: |",
