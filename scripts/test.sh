@@ -57,13 +57,15 @@ if ! $all; then
 else
     report="$(mktemp -d)"
     trap 'rm -rf "$report"' EXIT
+    results=("$report/fast.xml" "$report/rest.xml")
     if ((${#pytest_arguments[@]})); then
-        step pytest "$python" -m pytest --junitxml "$report/all.xml" "${pytest_arguments[@]}"
+        results=("$report/all.xml")
+        step pytest "$python" -m pytest --junitxml "${results[0]}" "${pytest_arguments[@]}"
     else # those that start several processes, or are killed at certain moments, have the machine to themselves
-        step "pytest, fast" "$python" -m pytest -m "not ($slow)" --junitxml "$report/fast.xml" "${spread[@]}"
-        step "pytest, the rest" "$python" -m pytest -m "$slow" --junitxml "$report/rest.xml"
+        step "pytest, fast" "$python" -m pytest -m "not ($slow)" --junitxml "${results[0]}" "${spread[@]}"
+        step "pytest, the rest" "$python" -m pytest -m "$slow" --junitxml "${results[1]}"
     fi
-    "$python" scripts/summarise_tests.py "$report"/*.xml docs/testing.md
+    "$python" scripts/summarise_tests.py "${results[@]}" docs/testing.md
 fi
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

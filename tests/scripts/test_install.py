@@ -365,12 +365,14 @@ def run_tests(tmp_path: Path, script: str, *arguments: str, fails: str = "no suc
     return result.returncode, calls.read_text().splitlines()[1:], result.stdout
 
 
-FAST = "-m pytest -m not slow and not gpu and not multiprocess and not browser"
+SLOW = "slow or gpu or multiprocess or browser"
+FAST = f"-m pytest -m not ({SLOW})"
+SPREAD = "-n logical --maxprocesses 8 --dist loadfile"
 
 
 def test_fast_suite(tmp_path: Path) -> None:
     status, calls, _ = run_tests(tmp_path, ".ci/run")
-    assert (status, calls) == (0, ["-m ruff check", "-m mypy", FAST])
+    assert (status, calls) == (0, ["-m ruff check", "-m mypy", f"{FAST} {SPREAD}"])
 
 
 def test_arguments_go_to_pytest(tmp_path: Path) -> None:
@@ -380,8 +382,12 @@ def test_arguments_go_to_pytest(tmp_path: Path) -> None:
 def test_all_writes_a_report(tmp_path: Path) -> None:
     status, calls, _ = run_tests(tmp_path, "scripts/test.sh", "--all")
     assert status == 0 and calls[:2] == ["-m ruff check", "-m mypy"]
-    assert re.fullmatch(r"-m pytest --junitxml \S+/junit.xml", calls[2])
-    assert re.fullmatch(r"scripts/summarise_tests.py \S+/junit.xml docs/testing.md", calls[3])
+    assert re.fullmatch(rf"{re.escape(FAST)} --junitxml \S+/fast.xml {SPREAD}", calls[2])
+    assert re.fullmatch(rf"-m pytest -m {SLOW} --junitxml \S+/rest.xml", calls[3])
+    assert re.fullmatch(r"scripts/summarise_tests.py \S+/fast.xml \S+/rest.xml docs/testing.md", calls[4])
+    some = run_tests(tmp_path, "scripts/test.sh", "--all", "tests/utils")[1]
+    assert re.fullmatch(r"-m pytest --junitxml \S+/all.xml tests/utils", some[-2])
+    assert re.fullmatch(r"scripts/summarise_tests.py \S+/all.xml docs/testing.md", some[-1])
 
 
 def test_one_failing_step_fails_the_run_and_hides_no_other(tmp_path: Path) -> None:
@@ -404,7 +410,7 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     summary = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert summary == "1 passed, 1 failed, 2 skipped; written to testing.md\n"
     report = (tmp_path / "testing.md").read_text()
-    assert "- 1 passed, 1 failed, 2 skipped in " in report
+    assert "- 1 passed, 1 failed, 2 skipped; their seconds add up to 0" in report
     assert "| test_suite | 1 | 1 | 2 |" in report
     assert "- `test_suite::test_fails`: assert 1 == 2" in report
     assert "- 2 x no CUDA device" in report
