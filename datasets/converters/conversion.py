@@ -260,7 +260,7 @@ def _own_quirks(row: SourceRow, record: Mapping[str, Any]) -> set[str]:
 
 
 def convert(converter: Converter, request: Request) -> Conversion:
-    """Read, locate, measure, check and repair; writes nothing.
+    """Read, locate, measure, check and repair; writes nothing, but makes the output's folder.
 
     Raises UserError for a source that is not of the benchmark's form, for rows whose duration nobody knows, and for a
     policy that drops every row.
@@ -274,6 +274,7 @@ def convert(converter: Converter, request: Request) -> Conversion:
     rows = [_settled(row, lengths.get(str(video))) for row, video in zip(source, videos, strict=True)]
     entries, gone = _entries(rows, videos, lengths, converter.name, request, policies)
     own = {entry.line: rows[entry.line - 1] for entry in entries}
+    request.output.parent.mkdir(parents=True, exist_ok=True)  # relative paths lead through it
     checker = Checker(Options(skip_videos=request.skip_videos, probe_videos=request.probe_videos))
     before = checker.check(entries)
     found = _count(before, entries, own) + gone
