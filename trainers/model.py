@@ -6,7 +6,6 @@ embeddings, fp32 copies, which parameters train and at which learning rate. Leav
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import pickle
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGenerat
 
 from trainers.parts import LearningRates, describe_trainable, freeze_by_rate
 from trainers.vision_attention import batch_vision_frames
-from utils.common import UserError
+from utils.common import UserError, load_named
 from utils.config import LoraConfig, ModelConfig
 from utils.hub import require_hub
 from utils.logging_utils import get_logger
@@ -168,15 +167,6 @@ def pick_attention(wanted: str) -> str:
         return wanted
     get_logger().info("model.attn_implementation=flash_attention_2 is not available (%s): using sdpa", reason)
     return "sdpa"
-
-
-def load_named(path: str, key: str) -> Any:
-    """Import `package.module:name`, as plug-in keys of the configuration give it. Raises UserError naming `key`."""
-    module_name, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}={path!r} cannot be imported: {error}. It must read package.module:name") from error
 
 
 def _class_with_tower(factory: Callable[..., nn.Module]) -> type[Qwen3VLForConditionalGeneration]:

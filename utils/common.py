@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import json
 import math
 import os
@@ -96,6 +97,15 @@ def finite_or_null(value: Any) -> Any:
 def or_nan(value: float | None) -> float:
     """The number that `write_json` was given: one that was not finite comes back as None."""
     return math.nan if value is None else value
+
+
+def load_named(path: str, key: str) -> Any:
+    """Import `package.module:name`, as plug-in keys of the configuration give it. Raises UserError naming `key`."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}={path!r} cannot be imported: {error}. It must read package.module:name") from error
 
 
 def seed_everything(seed: int) -> None:

@@ -221,7 +221,8 @@ class Checker:
         earlier: dict[Any, Row] = {}
         problems: list[RowProblem] = []
         for entry in entries:
-            findings = self._row_findings(entry.row, others, earlier) if entry.row else self._bad_findings(entry)
+            row = entry.row
+            findings = self._row_findings(row, others, earlier) if row else self._bad_findings(entry, earlier)
             problems += [RowProblem(entry.file, entry.line, kind, message) for kind, message in findings]
         readings = trim_readings(rows, file_duration=length_of, tolerance=options.tolerance)
         return Report(len(entries), self._num_videos(entries), problems, readings)
@@ -259,18 +260,19 @@ class Checker:
             first.setdefault(key(row), row)
         return first
 
-    def _bad_findings(self, entry: Entry) -> Iterator[Finding]:
+    def _bad_findings(self, entry: Entry, earlier: dict[Any, Row]) -> Iterator[Finding]:
         yield from entry.findings
         if entry.record is not None and {kind for kind, _ in entry.findings} <= {"start_ge_end", "negative_start"}:
-            # one fault must not hide another: an end can be past the duration whichever way round its window is
+            # one fault must not hide another: what the windows have nothing to do with, and an end that is past the
+            # duration whichever way round its window is
             row = record_to_row(entry.record, entry.file, entry.line)
+            yield from self._text_findings(row)
+            yield from self._video_findings(row)
             yield from (found for found in clip_findings(row, self.options.trim) if found[0] == "end_past_duration")
+            yield from self._twins(row, earlier)
 
     def _row_findings(self, row: Row, others: Mapping[int, list[str]], earlier: dict[Any, Row]) -> Iterator[Finding]:
-        if row.sentence != row.sentence.strip():
-            yield "outer_space", "`sentence` begins or ends with white space"
-        if token := _CONTROL_TOKEN.search(row.sentence):
-            yield "special_token", f"`sentence` holds {token[0]}, which a model would obey; training leaves the row out"
+        yield from self._text_findings(row)
         yield from self._trim_length(row)
         yield from self._video_findings(row)
         if id(row) in others:  # one cause: what the wrong reading does to windows and lengths is not counted again
@@ -279,6 +281,13 @@ class Checker:
             yield from clip_findings(row, self.options.trim)
             yield from self._length_findings(row)
         yield from self._twins(row, earlier)
+
+    @staticmethod
+    def _text_findings(row: Row) -> Iterator[Finding]:
+        if row.sentence != row.sentence.strip():
+            yield "outer_space", "`sentence` begins or ends with white space"
+        if token := _CONTROL_TOKEN.search(row.sentence):
+            yield "special_token", f"`sentence` holds {token[0]}, which a model would obey; training leaves the row out"
 
     def _video_findings(self, row: Row) -> Iterator[Finding]:
         path = self._path(row)
