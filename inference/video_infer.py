@@ -82,9 +82,19 @@ class VideoTemporalInference:
             need_contract=given is None,
             allow_pickle=allow_pickle,
         )
-        self.model, self.processor = policy.model, policy.processor
-        self.contract = given or policy.contract or _default_contract(str(model_path))
-        _warn_if_served_differently(self.contract)
+        self._serve(policy, given or policy.contract or _default_contract(str(model_path)))
+
+    @classmethod
+    def of(cls, policy: Policy) -> VideoTemporalInference:
+        """An engine around a model that is loaded already. `policy` has a prompt contract."""
+        assert policy.contract is not None
+        engine = cls.__new__(cls)
+        engine._serve(policy, policy.contract)
+        return engine
+
+    def _serve(self, policy: Policy, contract: PromptContract) -> None:
+        self.model, self.processor, self.contract = policy.model, policy.processor, contract
+        _warn_if_served_differently(contract)
 
     def predict(
         self,
