@@ -77,8 +77,10 @@ def fit_prompt(
     max_tokens: int,
     on_overlong: str,
     name: str,
+    warn: bool = True,
 ) -> tuple[Sample, VideoClip]:
-    """`encode_prompt` within `max_tokens`: an overlong prompt loses frames evenly (and says so) or is refused.
+    """`encode_prompt` within `max_tokens`: an overlong prompt loses frames evenly (and says so, unless `warn` is False)
+    or is refused.
 
     Visual tokens are never cut: whole temporal patches (two frames) go, so every marker that stays is true.
     Returns the sample and the clip that was really shown. Raises PromptTooLongError naming `name` when it cannot fit.
@@ -104,7 +106,7 @@ def fit_prompt(
             )
         clip = clip.subsample(2 * keep)
         sample = encode_prompt(processor, messages, clip)
-    if len(clip.frames) < num_frames:
+    if warn and len(clip.frames) < num_frames:
         get_logger().warning(
             "%s: prompt over data.max_prompt_tokens=%d; kept %d of %d frames, spread evenly",
             name, max_tokens, len(clip.frames), num_frames,

@@ -1,7 +1,8 @@
 """Queries on one video, read and encoded together: the clip and the prompt up to its end once, each question after it.
 
-Owns which rows share a clip, the order that keeps them side by side, and their batches. The packed sequence and its
-attention are `trainers.shared_prefix`; what a row asks and answers is `VideoTemporalDataset`'s.
+Owns which rows share a clip, the order that keeps them side by side, and their batches. Where a prompt is divided is
+`datasets.shared_prompt`; the packed sequence and its attention are `trainers.shared_prefix`; what a row asks and
+answers is `VideoTemporalDataset`'s.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datasets.collate_fns import Batch
-from datasets.encoding import IGNORE, PromptError, Sample, append_answer, fit_prompt, require_plain_text
+from datasets.encoding import IGNORE, PromptError, Sample, append_answer, require_plain_text
+from datasets.shared_prompt import encode_shared, split_prompt
 from datasets.video_dataset import VideoTemporalDataset
-from utils.common import UserError
 from utils.rows import clip_bounds, resolve_video
 from utils.video import VideoReadError
 
@@ -54,7 +55,7 @@ class SharedVideoDataset(Dataset[Sample]):
             require_plain_text(self.queries.processor, self.queries.question(row))
         except PromptError:
             return index
-        before, _ = self._text(index)
+        before, _ = split_prompt(self.queries.processor, self.queries.question(row))
         path = resolve_video(row, self.queries.data.videos_root)
         return str(path), clip_bounds(row, self.queries.data.trim), before
 
@@ -71,37 +72,17 @@ class SharedVideoDataset(Dataset[Sample]):
         return self._encode([self.queries.first_plain_row()], self.queries.blank_clip())
 
     def _encode(self, indices: list[int], clip: Any) -> Unit:
-        tokenizer, data = self.queries.processor.tokenizer, self.queries.data
-        tails = [self._tokens(self._text(index)[1]) for index in indices]
-        longest = max(range(len(indices)), key=lambda place: len(tails[place]))
-        row = self.queries.rows[indices[longest]]
-        sample, _ = fit_prompt(  # the longest question decides how many frames fit
-            self.queries.processor, self.queries.question(row), clip, max_tokens=data.max_prompt_tokens,
-            on_overlong=data.on_overlong, name=f"{row.file}:{row.line} ({row.video})",
+        processor, data, rows = self.queries.processor, self.queries.data, [self.queries.rows[i] for i in indices]
+        first = rows[0]
+        shared = encode_shared(
+            processor, [self.queries.question(row) for row in rows], clip, max_tokens=data.max_prompt_tokens,
+            on_overlong=data.on_overlong, name=f"{first.file}:{first.line} ({first.video})",
+            remedy="set training.share_video=false",
         )  # fmt: skip
-        length = len(sample["input_ids"]) - len(tails[longest])
-        if not torch.equal(sample["input_ids"][length:], tails[longest]):
-            raise UserError(
-                "training.share_video: this tokenizer joins the question with the video before it, so queries cannot "
-                "share the video's tokens; set training.share_video=false"
-            )
-        prefix = {**sample, **{key: sample[key][:length] for key in ("input_ids", "mm_token_type_ids")}}
-        nothing = {"input_ids": sample["input_ids"][:0], "mm_token_type_ids": sample["mm_token_type_ids"][:0]}
-        answers = [self.queries.answer(self.queries.rows[index]) for index in indices]
-        learnt = [append_answer(self.queries.processor, nothing, answer)["input_ids"] for answer in answers]
-        assert tokenizer.eos_token_id == int(learnt[0][-1])
-        return {"indices": indices, "prefix": prefix, "tails": tails, "answers": learnt}
-
-    def _text(self, index: int) -> tuple[str, str]:
-        """The row's prompt as text: up to the end of the video, and after it."""
-        processor = self.queries.processor
-        messages = self.queries.question(self.queries.rows[index])
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, end, after = text.rpartition(processor.vision_end_token)
-        return before + end, after
-
-    def _tokens(self, text: str) -> torch.Tensor:
-        return torch.tensor(self.queries.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        nothing = {key: shared.prefix[key][:0] for key in ("input_ids", "mm_token_type_ids")}
+        learnt = [append_answer(processor, nothing, self.queries.answer(row))["input_ids"] for row in rows]
+        assert processor.tokenizer.eos_token_id == int(learnt[0][-1])
+        return {"indices": indices, "prefix": shared.prefix, "tails": shared.tails, "answers": learnt}
 
 
 def share_clips(indices: Sequence[int], key: Callable[[int], Any], most: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ settle_accelerator()
 
 from datasets.collate_fns import VideoCollator  # noqa: E402
 from datasets.encoding import fit_prompt  # noqa: E402
+from inference.batching import Answer, Item, Query, answer_queries, read_items  # noqa: E402
 from inference.timeline_rows import EMPTY_WINDOW  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
-from trainers.model import load_for_inference  # noqa: E402
+from trainers.model import Policy, load_for_inference  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
 from utils.curves import figure_format  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
@@ -40,6 +42,7 @@ from utils.video import VideoClip, clip_from_frames, probe_video, read_clip, res
 
 __all__ = ["VideoTemporalInference", "visualize_temporal_grounding"]
 
+ON_ERROR = ("report", "raise")
 DEFAULT_NEW_TOKENS = 64
 THINKING_NEW_TOKENS = 1024
 
@@ -79,9 +82,19 @@ class VideoTemporalInference:
             need_contract=given is None,
             allow_pickle=allow_pickle,
         )
-        self.model, self.processor = policy.model, policy.processor
-        self.contract = given or policy.contract or _default_contract(str(model_path))
-        _warn_if_served_differently(self.contract)
+        self._serve(policy, given or policy.contract or _default_contract(str(model_path)))
+
+    @classmethod
+    def of(cls, policy: Policy) -> VideoTemporalInference:
+        """An engine around a model that is loaded already. `policy` has a prompt contract."""
+        assert policy.contract is not None
+        engine = cls.__new__(cls)
+        engine._serve(policy, policy.contract)
+        return engine
+
+    def _serve(self, policy: Policy, contract: PromptContract) -> None:
+        self.model, self.processor, self.contract = policy.model, policy.processor, contract
+        _warn_if_served_differently(contract)
 
     def predict(
         self,
@@ -116,6 +129,78 @@ class VideoTemporalInference:
         spans = parse_spans(text, duration=clip.duration_s)
         return {"video": None if video_path is None else str(video_path), "query": query} | describe(text, spans, clip)
 
+    def predict_batch(
+        self,
+        items: Iterable[Item],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        on_error: str = "report",
+        **sampling: Any,
+    ) -> list[dict[str, Any]]:
+        """`predict` for many queries, each with the answer it has alone, computing every video once.
+
+        Queries on the same stretch of the same file, wherever they stand in `items`, share its frames, its vision
+        features and its prompt up to the end of the video, and are decoded together; so are those of different videos.
+
+        Args:
+            items: `(video, query)`, `(video, query, video_start, video_end)`, or mappings with those keys.
+            max_new_tokens: Of an answer, as in `predict`.
+            batch_size: Queries decoded together. Memory is that of as many prompts if each is on another video; queries
+                on one video add little.
+            on_error: What becomes of a video that cannot be read, or a query that cannot be asked: "report" (its item
+                gets a dict with an `error`, so that one bad file does not cost the answers of all others) or "raise".
+            sampling: As in `predict`.
+
+        Returns a dict as `predict` does for each item, in their order. With "report" one that failed has the key
+        `error` (the reason) besides, no segments, `parsed` False and `clip` None; a warning gives their number.
+
+        Raises UserError for an item of another form, before anything is computed, and for what "raise" says.
+        """
+        asked = read_items(items)
+        found = dict(
+            self._stream(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, on_error=on_error, **sampling)
+        )
+        failed = [number for number in sorted(found) if "error" in found[number]]
+        if failed:
+            get_logger().warning(
+                "%d of %d items have no answer; the first is item %d: %s",
+                len(failed), len(asked), failed[0], found[failed[0]]["error"],
+            )  # fmt: skip
+        return [found[number] for number in range(len(asked))]
+
+    def predict_stream(self, items: Iterable[Item], **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`predict_batch`, one by one: (number of the item, its dict) as soon as it is known, not in order."""
+        return self._stream(read_items(items), **options)
+
+    def _stream(
+        self,
+        queries: list[Query],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        on_error: str = "report",
+        **sampling: Any,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be >= 1, got {batch_size}")
+        if on_error not in ON_ERROR:
+            raise UserError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+        answers = answer_queries(
+            Policy(self.model, self.processor, self.contract),
+            queries,
+            batch_size=batch_size,
+            max_new_tokens=self._limit(max_new_tokens),
+            sampling=sampling,
+        )
+        for answer in answers:
+            if answer.error is not None and on_error == "raise":
+                raise answer.error
+            yield answer.number, _prediction(queries[answer.number], answer)
+
+    def _limit(self, max_new_tokens: int | None) -> int:
+        return max_new_tokens or (THINKING_NEW_TOKENS if self.contract.prompt.thinking else DEFAULT_NEW_TOKENS)
+
     def _clip(
         self,
         path: str | Path | None,
@@ -146,9 +231,28 @@ class VideoTemporalInference:
         )
         sample["index"] = 0
         collator = VideoCollator(self.processor.tokenizer.pad_token_id, sample, side="left")
-        limit = max_new_tokens or (THINKING_NEW_TOKENS if prompt.thinking else DEFAULT_NEW_TOKENS)
+        limit = self._limit(max_new_tokens)
         texts = generate_texts(self.model, self.processor, collator([sample]), max_new_tokens=limit, **sampling)
         return texts[0], clip
+
+
+def _prediction(query: Query, answer: Answer) -> dict[str, Any]:
+    """The dict of one item of a batch."""
+    asked = {"video": query.video, "query": query.text}
+    if answer.clip is not None:
+        spans = parse_spans(answer.text, duration=answer.clip.duration_s)
+        return asked | describe(answer.text, spans, answer.clip)
+    return asked | {
+        "start_time": None,
+        "end_time": None,
+        "segments": [],
+        "clip_segments": [],
+        "raw_text": "",
+        "parsed": False,
+        "clip": None,
+        "num_frames": 0,
+        "error": str(answer.error),
+    }
 
 
 def describe(text: str, spans: list[Span] | None, clip: VideoClip) -> dict[str, Any]:

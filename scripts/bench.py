@@ -5,6 +5,7 @@
     python scripts/bench.py grpo_curve
     python scripts/bench.py sft --prompt_tokens 1200 --queries 4
     python scripts/bench.py sft --size 4b --device cuda --prompt_tokens 8192 --queries 4
+    python scripts/bench.py inference --prompt_tokens 1200 --queries 8
 
 Random weights, synthetic clips, one process. Several ways of doing the same work take turns within every repeat, and
 medians are given. The last line of the output is one line of JSON. What the ways are, and what is left out, stands at
@@ -37,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_grpo(commands.add_parser("grpo", help="a GRPO step with its rollouts: table and JSON line"))
     _add_curve(commands.add_parser("grpo_curve", help="the figure of docs/benchmarks.md, its numbers beside it as CSV"))
     _add_sft(commands.add_parser("sft", help="a training step on queries that share videos: table and JSON line"))
+    _add_inference(commands.add_parser("inference", help="queries on one video, answered: table and JSON line"))
     return parser.parse_args(argv)
 
 
@@ -60,6 +62,13 @@ def _add_sft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=int, default=1, help="videos in a step (%(default)s)")
     parser.add_argument("--answer_tokens", type=int, help="of an answer, its end included (the project's own answers)")
     parser.add_argument("--vision", choices=("trained", "frozen"), help="(trained with tiny, else frozen)")
+    _add_common(parser)
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt_tokens", type=int, required=True, help="of a query; the clip is chosen to come near")
+    parser.add_argument("--queries", type=int, required=True, help="asked about the video")
+    parser.add_argument("--answer_tokens", type=int, default=16, help="of every answer (%(default)s)")
     _add_common(parser)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,24 +57,32 @@ def generate_texts(
     inputs = model_inputs(batch, device)
     was_training = model.training
     model.eval()
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling
+    options = generation_options(processor, max_new_tokens, sampling)
     try:
         with autocast_for(model, device, bf16=bf16):
-            ids = model.generate(
-                **inputs,
-                **options,
-                max_new_tokens=max_new_tokens,
-                suppress_tokens=vision_token_ids(processor),
-                pad_token_id=processor.tokenizer.pad_token_id,
-                eos_token_id=processor.tokenizer.eos_token_id,
-                synced_gpus=synced_gpus,
-                use_cache=True,
-            )
+            ids = model.generate(**inputs, **options, synced_gpus=synced_gpus)
     finally:
         model.train(was_training)
         reset_rope(model)
-    texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return decode_texts(processor, ids[:, inputs["input_ids"].shape[1] :])
+
+
+def generation_options(processor: Any, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` is told: greedy unless `sampling` says otherwise, and never a vision token."""
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return dict(
+        **(greedy | dict(sampling)),
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=vision_token_ids(processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        use_cache=True,
+    )
+
+
+def decode_texts(processor: Any, ids: torch.Tensor) -> list[str]:
+    """New tokens (rows, C) -> texts without special tokens."""
+    return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @dataclass(frozen=True)

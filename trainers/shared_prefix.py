@@ -91,7 +91,7 @@ def backbone_of(model: torch.nn.Module) -> Any:
     return next(module for module in model.modules() if isinstance(module, Qwen3VLModel))
 
 
-def _video_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
+def video_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The model's video arguments for prompts in this order: the kept vision output if all have one, else pixels."""
     if any(prompt.vision is None for prompt in prompts):
         return {
@@ -180,7 +180,7 @@ def pack(
     layout = PrefixLayout(tuple(groups), tuple(_suffix_mask(group, device) for group in groups))
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, dim=1)[:, None]}
     return Packed(
-        inputs | _video_inputs(prompts) | {"prefix_layout": layout},
+        inputs | video_inputs(prompts) | {"prefix_layout": layout},
         torch.cat(columns).to(device),
         torch.cat(targets)[None],
         tuple(map(len, targets)),
@@ -203,7 +203,7 @@ def rows(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]], *, 
         mask[row, first:stop] = 1
         positions[:, row, first:stop] = torch.cat([prompt.position_ids, after], dim=1)
         targets[row, : len(answer)] = answer
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **_video_inputs(repeated)}
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **video_inputs(repeated)}
     columns = torch.arange(widest - 1, widest + longest - 1, device=ids.device)
     return Packed(inputs, columns, targets, tuple(map(len, flat)))
 
@@ -329,7 +329,7 @@ def sample_shared(model: Any, prompts: Sequence[Prompt], num: int, generation_co
     try:
         head = {key: batch[key][:, :-1] for key in ("input_ids", "attention_mask")}
         output = model(
-            **head, position_ids=positions[..., :-1], **_video_inputs(prompts), use_cache=True, logits_to_keep=1
+            **head, position_ids=positions[..., :-1], **video_inputs(prompts), use_cache=True, logits_to_keep=1
         )
         ids = model.generate(
             input_ids=batch["input_ids"].repeat_interleave(num, dim=0),
@@ -350,7 +350,7 @@ def sample_rows(model: Any, prompts: Sequence[Prompt], num: int, generation_conf
     batch = _padded(repeated, pad_token_id)
     del batch["position_ids"]  # stock generate makes them itself
     try:
-        ids = model.generate(**batch, **_video_inputs(repeated), generation_config=generation_config)
+        ids = model.generate(**batch, **video_inputs(repeated), generation_config=generation_config)
     finally:
         reset_rope(model)
     return ids[:, batch["input_ids"].shape[1] :]

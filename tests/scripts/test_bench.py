@@ -12,10 +12,11 @@ from scripts.bench import main, parse_args
 from utils.common import REPO_ROOT
 
 GRPO = ["grpo", "--prompt_tokens", "150", "--generations", "2", "--completion_tokens", "4"]
+INFERENCE = ["inference", "--prompt_tokens", "150", "--queries", "2"]
 SFT = ["sft", "--prompt_tokens", "150", "--queries", "2"]
 
 
-@pytest.mark.parametrize("argv", [GRPO, ["grpo_curve"], SFT], ids=lambda argv: argv[0])
+@pytest.mark.parametrize("argv", [GRPO, ["grpo_curve"], SFT, INFERENCE], ids=lambda argv: argv[0])
 def test_a_command_hands_its_options_to_its_module(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(f"scripts.benchmarks.{argv[0]}.run", found.append)
@@ -25,7 +26,7 @@ def test_a_command_hands_its_options_to_its_module(argv: list[str], monkeypatch:
 
 def test_every_module_that_measures_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     modules = [path for path in (REPO_ROOT / "scripts/benchmarks").glob("[!_]*.py") if "def run(" in path.read_text()]
-    assert {path.stem for path in modules} >= {"grpo", "grpo_curve", "sft"}
+    assert {path.stem for path in modules} >= {"grpo", "grpo_curve", "sft", "inference"}
     for path in modules:
         with pytest.raises(SystemExit, match="0"):
             parse_args([path.stem, "--help"])

@@ -52,6 +52,25 @@ def test_attention_equals_that_over_an_expanded_cache(prompts: int, rows: int, n
     torch.testing.assert_close(found, expected(cache, query, key, value, mask), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("numbers", [(3, 1, 2), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("num_queries", "own"), [(1, 3), (5, 5)])
+def test_prompts_with_unlike_numbers_of_rows(numbers: tuple[int, ...], num_queries: int, own: int) -> None:
+    """Each row meets its own prompt; padding before prompts and before the rows' first tokens."""
+    torch.manual_seed(0)
+    filled, num_rows = prefill(len(numbers), 7), sum(numbers)
+    query = torch.randn(num_rows, HEADS, num_queries, DIM)
+    key, value = torch.randn(2, num_rows, KV_HEADS, own, DIM)
+    mask = torch.ones(num_rows, 7 + own, dtype=torch.long)
+    mask[: numbers[0], :2] = 0  # the first prompt is shorter
+    mask[-1, 7:9] = 0
+    found = CachedPrefix.of(SharedPrefixCache(filled, numbers), mask).attend(0, query, key, value, DIM**-0.5)
+    whole = DynamicCache()
+    repeats = torch.tensor(numbers)
+    whole.update(*(part.repeat_interleave(repeats, 0) for part in (filled.layers[0].keys, filled.layers[0].values)), 0)
+    wanted = expected(whole, query, key, value, mask)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
 def test_the_prompt_is_kept_once_and_counts_in_the_length() -> None:
     """No copy of the prefill; new tokens come after prompt and own tokens; `update` gives the rows' own."""
     filled = prefill(2, 7)
