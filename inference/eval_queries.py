@@ -120,8 +120,8 @@ def qids_of(rows: Sequence[Row]) -> dict[str, int]:
         if qid in found:
             other = rows[found[qid]]
             raise UserError(
-                f"{row.file}:{row.line}: qid {qid!r} belongs to line {other.line} already; give every row a qid of its own "
-                "in kwargs.qid, or none (then it is the line number)"
+                f"{row.file}:{row.line}: qid {qid!r} belongs to line {other.line} already; give every row a qid of its "
+                "own in kwargs.qid, or none (then it is the line number)"
             )
         found[qid] = place
     return found

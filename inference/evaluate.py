@@ -214,9 +214,9 @@ def predictions_of(args: argparse.Namespace, queries: Queries) -> dict[str, Any]
     if len(absent) > queries.dataset.data.max_bad_fraction * len(queries.chosen):
         raise UserError(
             f"{args.predictions}: {len(absent)} of {len(queries.chosen)} queries have no prediction, more than "
-            f"max_bad_fraction={queries.dataset.data.max_bad_fraction:g} allows; the first: {absent[0]!r}. Write a line "
-            "for each (pred null for an answer that could not be read), or raise --max_bad_fraction to count them as "
-            "failures"
+            f"max_bad_fraction={queries.dataset.data.max_bad_fraction:g} allows; the first: {absent[0]!r}. Write a "
+            "line for each (pred null for an answer that could not be read), or raise --max_bad_fraction to count them "
+            "as failures"
         )
     if absent:
         get_logger().warning("%d queries have no prediction and count as failures: %s", len(absent), absent[:5])
@@ -282,7 +282,7 @@ def finish(args: argparse.Namespace, plan: Plan) -> None:
         for qid in queries.chosen
         if qid in answers and answers[qid].fault
     ]
-    if unread:
+    if len(unread) > plan.contract.data.max_bad_fraction * len(queries.chosen):  # of all processes together
         FaultCounter(len(queries.chosen), plan.contract.data.max_bad_fraction).add(unread)
     samples = queries.answered(answers) if args.model_path else queries.predicted(plan.predictions)
     found = summarise(samples, args.protocol, args.by)

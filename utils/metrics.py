@@ -61,6 +61,9 @@ __all__ = [
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 """The `m` of R1@m."""
 
+_BLOCK = 2**18
+"""Values that the bootstrap draws at once."""
+
 SHOWN_AP_THRESHOLDS = (0.5, 0.75)
 """The `m` of mAP@m that are reported beside mAP."""
 
@@ -190,9 +193,11 @@ def bootstrap_interval(
     if ordered.size == 0:
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
-    # one resample at a time: all at once would be num_resamples x n indices, gigabytes for a large test set
-    means = [ordered[generator.integers(0, ordered.size, ordered.size)].mean() for _ in range(num_resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    # in blocks: all at once would be num_resamples x n indices, gigabytes for a large test set
+    block = max(1, _BLOCK // ordered.size)
+    sizes = [min(block, num_resamples - start) for start in range(0, num_resamples, block)]
+    means = [ordered[generator.integers(0, ordered.size, (size, ordered.size))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
