@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.common import UserError, atomic_open, write_json
+from utils.common import UserError, atomic_open, finite_or_null, write_json
 
 RUN_FILE, PREDICTIONS_FILE, METRICS_FILE = "run.json", "predictions.jsonl", "metrics.json"
 _LOCK_FILE = ".lock"
@@ -52,10 +52,12 @@ def claimed(folder: Path) -> Iterator[None]:
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"--output_dir {folder}: another evaluation is running in it; wait for it or choose another folder"
             ) from error
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
@@ -148,8 +150,8 @@ class AnswerLog:
 
 
 def write_predictions(folder: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write `predictions.jsonl` anew, whole or not at all."""
+    """Write `predictions.jsonl` anew, whole or not at all. Times that are not finite become null: JSON has no NaN."""
     path = folder / PREDICTIONS_FILE
     with atomic_open(path) as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        handle.writelines(json.dumps(finite_or_null(record), ensure_ascii=False) + "\n" for record in records)
     return path

@@ -180,7 +180,8 @@ def made_of(args: argparse.Namespace, contract: PromptContract) -> dict[str, Any
 def fingerprint(path: Path) -> dict[str, str]:
     """Name and hash of a file. Raises UserError when it cannot be read."""
     try:
-        return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        with open(path, "rb") as handle:
+            return {"name": path.name, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -190,7 +191,11 @@ def model_fingerprint(model_path: str) -> dict[str, str]:
     folder = Path(model_path).expanduser()
     if not folder.is_dir():
         return {"name": model_path, "sha256": model_path}
-    return {"name": "/".join(folder.resolve().parts[-2:]), "sha256": weights_digest(folder)}
+    name = "/".join(folder.resolve().parts[-2:])
+    if any(folder.glob("*model*.safetensors")):
+        return {"name": name, "sha256": weights_digest(folder)}
+    parts = "".join(fingerprint(path)["sha256"] for path in sorted(folder.glob("*model*.bin")))
+    return {"name": name, "sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
 
 def new_tokens(args: argparse.Namespace, contract: PromptContract) -> int:
