@@ -139,7 +139,7 @@ def read_validation(checkpoint: Path) -> Validation | None:
     saved = _read_metrics(checkpoint / "metrics.json")
     step = int(saved["step"]) if saved else step_of(checkpoint)
     samples = _read_samples(checkpoint.parent / "validation" / f"step-{step}.jsonl")
-    scores = {name: or_nan(saved[f"eval_{name}"]) for name in (*METRICS, "num_samples")} if saved else {}
+    scores = {name: or_nan(saved.get(f"eval_{name}")) for name in (*METRICS, "num_samples")} if saved else {}
     if samples and scores and abs(evaluate(samples)["mIoU"] - scores["mIoU"]) > 1e-6:
         get_logger().warning("validation/step-%d.jsonl is of another run than %s: no intervals", step, checkpoint)
         samples = []
@@ -154,7 +154,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return metrics if {f"eval_{name}" for name in (*METRICS, "num_samples")} <= set(metrics) else {}
+    return metrics if {"eval_mIoU", "eval_num_samples"} <= set(metrics) else {}  # older runs have fewer averages
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ PROJECT = "Qwen3-VL-GRPO-VTG"
 _EXAMPLE = "the person opens the door"
 _STAGES = {"SFT": "supervised fine-tuning", "GRPO": "reinforcement learning with temporal rewards (GRPO)"}
 _METRIC_NAMES = {
+    "set_IoU": "IoU of all windows",
     "absent_accuracy": "absence recognised",
     "parse_failure_rate": "unreadable answers",
 }

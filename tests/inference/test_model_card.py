@@ -150,6 +150,14 @@ def test_an_average_over_no_rows(sft_best: Path, tmp_path: Path) -> None:
     assert "absence recognised" not in exported(sft_best, tmp_path / "vtg")
 
 
+def test_metrics_of_an_older_run_are_read_without_those_it_lacks(sft_best: Path) -> None:
+    metrics = json.loads((sft_best / "metrics.json").read_text())
+    old = {key: value for key, value in metrics.items() if "mAP" not in key and "set_IoU" not in key}
+    (sft_best / "metrics.json").write_text(json.dumps(old))
+    found = read_validation(sft_best)
+    assert found is not None and found.scores["mIoU"] == 43.75 and math.isnan(found.scores["mAP"])
+
+
 def test_a_numbered_checkpoint_has_the_answers_alone(sft_best: Path) -> None:
     (sft_best / "metrics.json").unlink()
     numbered = sft_best.rename(sft_best.with_name("checkpoint-7"))

@@ -1,0 +1,168 @@
+"""What an evaluation asks: the labelled rows of an annotation file with their qids, and how they are put together.
+
+Loads no model. Rows are `utils.rows`, samples are `datasets.video_dataset`, answers are `inference.eval_store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.shared_video import share_clips
+from datasets.video_dataset import VideoTemporalDataset
+from inference.eval_store import Answer
+from utils.common import UserError
+from utils.config import AnnotationSource, DataConfig, PromptConfig
+from utils.logging_utils import get_logger
+from utils.rows import Row, clip_bounds, look_up_video, read_raw_rows, to_file_clock
+from utils.spans import Span
+
+NUM_NAMED = 5
+
+
+class AllRows(VideoTemporalDataset):
+    """All good rows of the file, those without a label too: a row's place in the file is its place here."""
+
+    def is_usable(self, row: Row) -> bool:
+        """Every row is."""
+        return True
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The rows to answer and score."""
+
+    dataset: VideoTemporalDataset
+    """All good rows; its processor is set once there is a model."""
+    places: dict[str, int]
+    """Place in the dataset by qid, of all labelled rows in the order of the file."""
+    chosen: tuple[str, ...]
+    """The qids to score: all of them, or an even choice."""
+    unlabelled: frozenset[str]
+    """Qids of the rows without a label."""
+    counts: dict[str, int]
+    """Rows of the file that cannot be scored, by reason."""
+
+    def row(self, qid: str) -> Row:
+        """The annotation of a query."""
+        return self.dataset.rows[self.places[qid]]
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """Seconds by qid, of all labelled rows."""
+        return {qid: self.row(qid).duration for qid in self.places}
+
+    def answered(self, answers: Mapping[str, Answer], qids: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """What `utils.metrics` takes, with the row's kwargs beside it, of the chosen queries or of `qids`."""
+        wanted = set(self.chosen if qids is None else qids)
+        return [self._sample(qid, answers[qid].text) for qid in self.places if qid in wanted]
+
+    def predicted(self, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The same for windows that are given; a chosen query without any counts as an answer that cannot be read."""
+        return [self._sample(qid, "") | {"pred": predictions.get(qid)} for qid in self.chosen]
+
+    def _sample(self, qid: str, text: str) -> dict[str, Any]:
+        sample = self.dataset.scored_sample(self.places[qid], text)
+        return sample | {"qid": qid, "kwargs": self.row(qid).kwargs}
+
+    def record(self, sample: Mapping[str, Any], answer: Answer | None) -> dict[str, Any]:
+        """The line of `predictions.jsonl`: `gt` and `pred` on the clip's clock, `segments` on the file's."""
+        row, trim = self.row(sample["qid"]), self.dataset.data.trim
+        on_file = {
+            name: [[*to_file_clock(Span(*window[:2]), row, trim), *window[2:]] for window in sample[key] or ()]
+            for name, key in (("segments", "pred"), ("gt_segments", "gt"))
+        }
+        about = {"line": row.line, "video": row.video, "sentence": row.sentence}
+        about |= {"video_start": row.video_start, "video_end": row.video_end}
+        said = {"text": answer.text, "fault": answer.fault} if answer else {}
+        return {**sample, **about, **on_file, **said}
+
+
+def load_queries(
+    annotations: Path, data: DataConfig, prompt: PromptConfig, *, max_samples: int | None = None
+) -> Queries:
+    """The queries of an annotation file. The qid of a row is its `kwargs.qid`, else its line number, as text.
+
+    Raises UserError for a file without labelled rows, too many bad rows, and a qid that two rows share.
+    """
+    split = data.model_copy(update={"test": (AnnotationSource(path=annotations),), "select": None})
+    dataset = AllRows(split, None, prompt, split="test", with_answer=False)
+    qids = qids_of(dataset.rows)
+    labelled = [qid for qid, place in qids.items() if dataset.rows[place].timestamp is not None]
+    if not labelled:
+        raise UserError(
+            f"--annotations {annotations}: no row is labelled (timestamp is null), so there is nothing to score"
+        )
+    counts = {
+        "num_unlabelled": len(qids) - len(labelled),
+        "num_bad_rows": len(read_raw_rows(annotations)) - len(dataset.rows),
+    }
+    if counts["num_unlabelled"]:
+        get_logger().info(
+            "%s: %d of %d rows have no label and are left out", annotations, counts["num_unlabelled"], len(qids)
+        )
+    places = {qid: qids[qid] for qid in labelled}
+    if max_samples is not None and max_samples < len(labelled):
+        labelled = [labelled[place] for place in np.linspace(0, len(labelled) - 1, max_samples).round().astype(int)]
+    return Queries(dataset, places, tuple(labelled), frozenset(qids) - frozenset(places), counts)
+
+
+def qids_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Place by qid. Raises UserError when two rows have the same."""
+    found: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        given = row.kwargs.get("qid")
+        qid = str(row.line if given is None else given)
+        if qid in found:
+            other = rows[found[qid]]
+            raise UserError(
+                f"{row.file}:{row.line}: qid {qid!r} belongs to line {other.line} already; give every row a qid of its "
+                "own in kwargs.qid, or none (then it is the line number)"
+            )
+        found[qid] = place
+    return found
+
+
+def plan_batches(queries: Queries, size: int, done: Collection[str] = ()) -> list[list[str]]:
+    """Qids in batches of up to `size`, the queries of a clip side by side, without those that are `done`.
+
+    The batches are those of the whole file, whatever is done and however many processes share them: a batch is padded
+    to its longest prompt, and so the same answers come out.
+    """
+    trim = queries.dataset.data.trim
+    clips = share_clips(
+        [queries.places[qid] for qid in queries.chosen],
+        lambda place: (queries.dataset.rows[place].video, clip_bounds(queries.dataset.rows[place], trim)),
+        len(queries.chosen),
+    )
+    names = {place: qid for qid, place in queries.places.items()}
+    ordered = [names[place] for clip in clips for place in clip]
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    left = [[qid for qid in batch if qid not in done] for batch in batches]
+    return [batch for batch in left if batch]
+
+
+def check_videos(queries: Queries, qids: Sequence[str]) -> None:
+    """Name and count the videos of `qids` that are not there, before a model is loaded.
+
+    Raises UserError when their rows are more than `data.max_bad_fraction` of all queries.
+    """
+    data = queries.dataset.data
+    paths = {row.video: look_up_video(row, data.videos_root) for row in map(queries.row, qids)}
+    absent = {video for video, (path, fault) in paths.items() if fault is not None or not path.is_file()}
+    rows = [qid for qid in qids if queries.row(qid).video in absent]
+    if not rows:
+        return
+    named = ", ".join(sorted(absent)[:NUM_NAMED]) + (", ..." if len(absent) > NUM_NAMED else "")
+    found = f"{len(absent)} videos of {len(rows)} of {len(queries.chosen)} queries do not exist: {named}"
+    if len(rows) > data.max_bad_fraction * len(queries.chosen):
+        first = paths[sorted(absent)[0]][0]
+        raise UserError(
+            f"{found} (looked for {first}), more than max_bad_fraction={data.max_bad_fraction:g} allows. Bring them "
+            "back, give the folder that holds them with --videos_root, or raise --max_bad_fraction"
+        )
+    get_logger().warning("%s; they count as failures", found)

@@ -1,0 +1,443 @@
+"""The evaluator: what it asks, what it refuses, what it stores, and that a stop or more processes change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import inference.evaluate
+from inference.evaluate import main
+from tests.tiny import tiny_checkpoint
+from utils.common import REPO_ROOT, UserError
+from utils.rows import read_rows, write_rows
+
+ANSWERS = ("From 1.0 to 3.0 seconds.", "From 4.0 to 8.0 seconds.", "no idea", "The event does not happen in the video.")
+
+
+@pytest.fixture
+def annotations(demo_data: Path, tmp_path: Path) -> Path:
+    """Twelve queries on six videos: qids q0, q1, ...; two labelled absent, two (q10, q11) not labelled."""
+    rows = read_rows(demo_data / "train.jsonl")[0][:12]
+    rows = [
+        replace(row, video=str(demo_data / row.video), kwargs={"qid": f"q{i}", "difficulty": i % 2, "tag": "ab"[i % 2]})
+        for i, row in enumerate(rows)
+    ]
+    rows[4], rows[5] = (replace(row, timestamp=()) for row in rows[4:6])
+    rows[10], rows[11] = (replace(row, timestamp=None) for row in rows[10:])
+    write_rows(tmp_path / "test.jsonl", rows)
+    return tmp_path / "test.jsonl"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """In the place of the model: the answer of row i is `ANSWERS[i % 4]`. Gives the places of each batch."""
+    calls: list[list[int]] = []
+
+    def answer(_engine: Any, dataset: Any, batches: Sequence[list[int]], *_: Any) -> Iterator[tuple[Any, Any]]:
+        for batch in batches:
+            calls.append(batch)
+            faults = []
+            for place in batch:
+                if not Path(dataset.rows[place].video).exists():
+                    faults.append((place, f"{dataset.rows[place].video}: gone"))
+            unread = dict(faults)
+            yield {place: "" if place in unread else ANSWERS[place % 4] for place in batch}, faults
+
+    monkeypatch.setattr(inference.evaluate, "answer", answer)
+    monkeypatch.setattr(inference.evaluate, "VideoTemporalInference", lambda *_a, **_k: SimpleNamespace(processor=None))
+    return calls
+
+
+@pytest.fixture
+def command(tiny_model: Path, annotations: Path, tmp_path: Path) -> list[str]:
+    files = ["--annotations", str(annotations), "--output_dir", str(tmp_path / "eval")]
+    return ["--model_path", str(tiny_model), *files, "--batch_size", "3", "--num_workers", "0"]
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def write_predictions(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ---- a run
+
+
+def test_what_a_run_leaves(
+    command: list[str], asked: list[list[int]], annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*command, "--by", "tag"])
+    rows = read_rows(annotations)[0]
+    assert sorted(place for batch in asked for place in batch) == list(range(10))
+    assert [len(batch) for batch in asked] == [3, 3, 3, 1]
+    stored = predictions(tmp_path / "eval")
+    assert [record["qid"] for record in stored] == [f"q{i}" for i in range(10)]
+    assert [record["text"] for record in stored] == [ANSWERS[i % 4] for i in range(10)]
+    assert stored[0]["pred"] == stored[0]["segments"] == [[1.0, 3.0]]
+    assert stored[2]["pred"] is None and stored[3]["pred"] == [] and stored[2]["segments"] == []
+    assert stored[0]["gt"] == [list(window) for window in rows[0].timestamp or ()]
+    assert (stored[6]["line"], stored[6]["video"], stored[6]["fault"]) == (7, rows[6].video, None)
+    found = metrics(tmp_path / "eval")
+    counts = found["counts"]
+    assert (counts["num_samples"], counts["num_grounded"], counts["num_absent"]) == (10, 8, 2)
+    assert (counts["num_unlabelled"], counts["num_parse_failures"], counts["num_unreadable"]) == (2, 2, 0)
+    assert found["averages"]["parse_failure_rate"] == 20.0 and found["averages"]["absent_accuracy"] == 0.0
+    low, high = found["intervals"]["mIoU"]
+    assert low < found["averages"]["mIoU"] < high
+    assert set(found["protocols"]) == {"default", "moment_detr", "timelens", "time_r1"}
+    assert found["protocols"]["default"] == found["averages"]
+    assert set(found["baselines"]) == {"whole_video", "centre", "best_constant"}
+    assert set(found["breakdowns"]) == {"duration", "window_length", "position", "kwargs.difficulty", "kwargs.tag"}
+    tags = found["breakdowns"]["kwargs.tag"]
+    assert list(tags) == ["a", "b"] and tags["a"]["num_samples"] == tags["b"]["num_samples"] == 5
+    assert tags["a"]["parse_failure_rate"] == 40.0 and tags["b"]["parse_failure_rate"] == 0.0
+    assert [group["num_samples"] for group in found["breakdowns"]["kwargs.difficulty"].values()] == [5, 5]
+    assert sum(group["num_grounded"] for group in found["breakdowns"]["position"].values()) == 8
+    out = capsys.readouterr().out
+    assert out.startswith("protocol default; 10 samples, 8 grounded, 2 absent")
+    assert "by kwargs.tag" in out and "best constant (" in out and f"{found['averages']['mIoU']:.1f}" in out
+
+
+def test_queries_of_a_video_stand_together(command: list[str], asked: list[list[int]], annotations: Path) -> None:
+    rows = read_rows(annotations)[0]
+    shuffled = [rows[place] for place in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]
+    write_rows(annotations, shuffled)
+    main([*command, "--batch_size", "2"])
+    videos = [[shuffled[place].video for place in batch] for batch in asked]
+    together = sum(len(set(batch)) == 1 for batch in videos)
+    assert together == len({row.video for row in rows[:10]}) == len(videos)
+
+
+def test_a_protocol_rescores_what_is_stored(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
+    main(command)
+    averages = metrics(tmp_path / "eval")["protocols"]["time_r1"]
+    asked.clear()
+    main([*command, "--protocol", "time_r1"])
+    assert asked == []
+    found = metrics(tmp_path / "eval")
+    assert found["protocol"] == "time_r1" and found["averages"] == averages
+    assert averages["mAP"] is None and found["intervals"]["mAP"] == [None, None]
+
+
+def test_fewer_queries_first_then_all(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
+    main([*command, "--max_samples", "4"])
+    assert sorted(place for batch in asked for place in batch) == [0, 3, 6, 9]
+    assert metrics(tmp_path / "eval")["counts"]["num_samples"] == 4
+    asked.clear()
+    main(command)
+    assert sorted(place for batch in asked for place in batch) == [1, 2, 4, 5, 7, 8]
+    everything = predictions(tmp_path / "eval")
+    main([*command, "--max_samples", "4"])
+    assert metrics(tmp_path / "eval")["counts"]["num_samples"] == 4
+    assert predictions(tmp_path / "eval") == everything and len(everything) == 10  # no answer is lost
+
+
+def test_half_a_line_is_dropped_and_answered_again(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
+    main(command)
+    whole = predictions(tmp_path / "eval"), metrics(tmp_path / "eval")
+    log = tmp_path / "eval" / "predictions.rank0.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    for name in ("predictions.jsonl", "metrics.json"):
+        (tmp_path / "eval" / name).unlink()
+    asked.clear()
+    main(command)
+    assert [len(batch) for batch in asked] == [1, 3, 1]
+    assert log.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
+    assert sorted(log.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
+    assert (predictions(tmp_path / "eval"), metrics(tmp_path / "eval")) == whole
+
+
+def test_answers_of_several_processes_are_one_result(
+    command: list[str], asked: list[list[int]], tmp_path: Path
+) -> None:
+    main(command)
+    whole = predictions(tmp_path / "eval"), metrics(tmp_path / "eval")
+    log = tmp_path / "eval" / "predictions.rank0.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[1::2]))
+    (tmp_path / "eval" / "predictions.rank3.jsonl").write_bytes(b"".join(lines[::2][::-1]))
+    asked.clear()
+    main(command)
+    assert asked == []
+    assert (predictions(tmp_path / "eval"), metrics(tmp_path / "eval")) == whole
+
+
+# ---- scoring a file
+
+
+def test_predictions_are_scored_without_a_model(annotations: Path, tmp_path: Path) -> None:
+    rows = read_rows(annotations)[0]
+    perfect = [{"qid": f"q{i}", "pred": [list(w) for w in row.timestamp or ()]} for i, row in enumerate(rows)]
+    path = write_predictions(tmp_path / "p.jsonl", perfect[::-1])
+    flags = ["--predictions", str(path), "--annotations", str(annotations)]
+    main(flags)
+    main([*flags, "--output_dir", str(tmp_path / "eval")])
+    averages = metrics(tmp_path / "eval")["averages"]
+    assert {averages[name] for name in ("mIoU", "R1@0.7", "mAP", "set_IoU", "absent_accuracy")} == {100.0}
+    assert len(predictions(tmp_path / "eval")) == 10
+
+
+def test_predictions_in_other_words(annotations: Path, tmp_path: Path) -> None:
+    """QVHighlights' key and plain text, and a query without a line."""
+    rows = read_rows(annotations)[0]
+    (start, end), *_ = rows[1].timestamp or ()
+    records = [
+        {"qid": "q0", "text": "between 1 and 3 seconds"},
+        {"qid": "q1", "pred_relevant_windows": [[start, end, 0.2], [0.0, 1.0, 0.9]]},
+    ]
+    path = write_predictions(tmp_path / "p.jsonl", records)
+    flags = ["--predictions", str(path), "--annotations", str(annotations), "--output_dir", str(tmp_path / "eval")]
+    with pytest.raises(UserError, match="8 of 10 queries have no prediction, .* the first: 'q2'"):
+        main(flags)
+    main([*flags, "--max_bad_fraction", "1"])
+    found = metrics(tmp_path / "eval")
+    assert found["counts"]["num_unanswered"] == 8 and found["counts"]["num_parse_failures"] == 8
+    stored = predictions(tmp_path / "eval")
+    assert stored[0]["pred"] == [[1.0, 3.0]] and stored[1]["segments"] == [[start, end, 0.2], [0.0, 1.0, 0.9]]
+    assert found["protocols"]["moment_detr"]["mIoU"] > found["protocols"]["default"]["mIoU"]  # it takes the first
+
+
+def scored(annotations: Path, windows: Callable[[float, float], Any], path: Path) -> list[str]:
+    """Flags to score predictions made from the labels by `windows(start, end)`."""
+    records = [
+        {"qid": f"q{i}", "pred": [windows(*window) for window in row.timestamp or ()]}
+        for i, row in enumerate(read_rows(annotations)[0])
+    ]
+    return ["--predictions", str(write_predictions(path, records)), "--annotations", str(annotations)]
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (lambda s, e: [1000 * s + 100, 1000 * e], "windows end past 10 times their video: these look like millisec"),
+        (lambda s, e: [s / 8, e / 8], "all 8 windows lie between 0 and 1, on videos of more than 5 s"),
+    ],
+)
+def test_other_units_are_refused(windows: Any, message: str, annotations: Path, tmp_path: Path) -> None:
+    flags = scored(annotations, windows, tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match=message):
+        main(flags)
+    main([*flags, "--trust_units", "--output_dir", str(tmp_path / "eval")])
+    assert metrics(tmp_path / "eval")["averages"]["R1@0.7"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"qid": "q0", "pred": []}, {"qid": "x9", "pred": []}], "1 qids are not in the annotations: 'x9'"),
+        ([{"qid": "q0", "pred": []}, {"qid": "q0", "pred": []}], r"p.jsonl:2: qid 'q0' stands in line 1 already"),
+        ([{"pred": []}], "p.jsonl:1 has no qid"),
+        ([{"qid": "q0"}], "p.jsonl:1 has none of pred, pred_relevant_windows, text"),
+        ([{"qid": "q0", "pred": [[1, "b"]]}], "'q0': pred must be a list of"),
+        ([[1]], "p.jsonl:1 has no qid"),
+        ([], "holds no line"),
+    ],
+)
+def test_bad_predictions_are_named(records: Any, message: str, annotations: Path, tmp_path: Path) -> None:
+    path = write_predictions(tmp_path / "p.jsonl", records)
+    with pytest.raises(UserError, match=message):
+        main(["--predictions", str(path), "--annotations", str(annotations), "--max_bad_fraction", "1"])
+
+
+# ---- refusals before a model is loaded
+
+
+def test_a_folder_of_another_evaluation_is_refused(
+    command: list[str],
+    asked: list[list[int]],
+    annotations: Path,
+    demo_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    other_model = tiny_checkpoint(tmp_path_factory, seed=1)
+    main(command)
+    before = (annotations.parent / "eval/metrics.json").read_bytes()
+    demo = str(REPO_ROOT / "configs/demo/video_config.yaml")
+    others = {
+        r"model: .*tiny_model \([0-9a-f]{8}\) there, .*tiny_model \([0-9a-f]{8}\) now": [
+            "--model_path",
+            str(other_model),
+        ],
+        "annotations: test.jsonl .* there, val.jsonl": ["--annotations", str(demo_data / "val.jsonl")],
+        "max_new_tokens: 64 there, 9 now": ["--max_new_tokens", "9"],
+        "dtype: float32 there, bfloat16 now": ["--dtype", "bfloat16"],
+        "data.trim: relative there, absolute now": ["--trim", "absolute"],
+    }
+    for message, flags in others.items():
+        with pytest.raises(UserError, match=message):
+            main([*command, *flags])
+    other_words = annotations.parent / "data.yaml"
+    other_words.write_text(Path(demo).read_text().replace('"When {sentence}?"', '"Where is {sentence}?"'))
+    with pytest.raises(UserError, match=r"prompt.question: .* there, Where is {sentence}\? now"):
+        main([*command, "--data_config", str(other_words)])
+    assert (annotations.parent / "eval/metrics.json").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
+    with inference.evaluate.claimed(tmp_path / "eval"), pytest.raises(UserError, match="another evaluation is running"):
+        main(command)
+    main(command)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--by", "tagg"], "--by tagg: no row has it in kwargs; did you mean tag"),
+        (["--protocol", "timelense"], "unknown protocol 'timelense'; .*did you mean timelens"),
+        (["--batch_size", "0"], "--batch_size must be >= 1, got 0"),
+        (["--max_bad_fraction", "2"], "--max_bad_fraction must lie between 0 and 1"),
+        (["--predictions", "p.jsonl"], "give either --model_path or --predictions"),
+        (["--model_path", "./none"], "model path './none' does not exist"),
+        (["--annotations", "none.jsonl"], "none.jsonl: no such annotation file"),
+    ],
+)
+def test_bad_flags_are_refused(flags: list[str], message: str, command: list[str], asked: list[list[int]]) -> None:
+    with pytest.raises(UserError, match=message):
+        main([*command, *flags])
+    assert asked == []
+
+
+def test_qids_that_two_rows_share_are_refused(command: list[str], asked: list[list[int]], annotations: Path) -> None:
+    rows = read_rows(annotations)[0]
+    rows[3].kwargs["qid"] = "q1"
+    write_rows(annotations, rows)
+    with pytest.raises(UserError, match="test.jsonl:4: qid 'q1' belongs to line 2 already"):
+        main(command)
+    for row in rows:
+        del row.kwargs["qid"]
+    write_rows(annotations, rows)
+    main(command)
+    assert [r["qid"] for r in predictions(annotations.parent / "eval")] == [str(line) for line in range(1, 11)]
+
+
+def test_a_file_without_labels_is_refused(command: list[str], annotations: Path) -> None:
+    write_rows(annotations, [replace(row, timestamp=None) for row in read_rows(annotations)[0]])
+    with pytest.raises(UserError, match="no row is labelled"):
+        main(command)
+
+
+def test_missing_videos_are_counted_before_the_model(
+    command: list[str], asked: list[list[int]], annotations: Path
+) -> None:
+    rows = read_rows(annotations)[0]
+    write_rows(annotations, [replace(rows[0], video="gone.mp4"), *rows[1:]])
+    with pytest.raises(UserError, match="1 videos of 1 of 10 queries do not exist: gone.mp4"):
+        main(command)
+    assert asked == []
+    main([*command, "--max_bad_fraction", "0.1"])
+    log = (annotations.parent / "eval/log.txt").read_text()
+    assert "1 videos of 1 of 10 queries do not exist: gone.mp4" in log and log.count("left out: gone.mp4") == 1
+    found = metrics(annotations.parent / "eval")
+    assert found["counts"]["num_unreadable"] == 1 and found["counts"]["num_samples"] == 10
+    stored = predictions(annotations.parent / "eval")[0]
+    assert stored["pred"] is None and stored["fault"] == "gone.mp4: gone"
+    asked.clear()
+    main([*command, "--max_bad_fraction", "0.1"])
+    assert asked == [[0]]  # it is tried again, and nothing else
+
+
+def test_videos_deleted_between_runs_are_not_needed(
+    command: list[str], asked: list[list[int]], annotations: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.mp4"
+    rows = read_rows(annotations)[0]
+    copy.write_bytes(Path(rows[0].video).read_bytes())
+    write_rows(annotations, [replace(rows[0], video=str(copy)), *rows[1:]])
+    main(command)
+    before = metrics(tmp_path / "eval")
+    copy.unlink()
+    main(command)
+    assert metrics(tmp_path / "eval") == before
+
+
+# ---- with the model
+
+
+@pytest.fixture
+def launched(tiny_model: Path, annotations: Path) -> Callable[..., list[str]]:
+    """`launched(folder, processes)`: a command line that evaluates an untrained model on the CPU."""
+    flags = ["--model_path", str(tiny_model), "--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")]
+    flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "0", "--device", "cpu"]
+
+    def make(folder: Path, processes: int = 1) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        entry = str(REPO_ROOT / "inference/evaluate.py")
+        return [sys.executable, *(launcher if processes > 1 else []), entry, *flags, "--output_dir", str(folder)]
+
+    return make
+
+
+def test_the_model_answers_as_it_does_alone(
+    answering_model: Path, annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--annotations", str(annotations), "--output_dir", str(tmp_path / "eval"), "--max_samples", "3"]
+    main(["--model_path", str(answering_model), *flags, "--num_workers", "0", "--max_new_tokens", "24"])
+    engine = inference.evaluate.VideoTemporalInference(answering_model)
+    for record in predictions(tmp_path / "eval"):
+        alone = engine.predict(record["video"], record["sentence"], max_new_tokens=24)
+        assert (record["text"], record["segments"]) == (alone["raw_text"], alone["segments"])
+        assert record["pred"]  # it has learnt to answer in windows
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_killed_again_and_again_the_result_is_the_same(launched: Callable[..., list[str]], tmp_path: Path) -> None:
+    """kill -9 as soon as something new is stored, then another number of processes; one run is left alone."""
+    folder, alone = tmp_path / "killed", tmp_path / "alone"
+    subprocess.run(launched(alone), check=True, capture_output=True, timeout=600)
+    stored = 0
+    for _ in range(2):
+        process = subprocess.Popen(launched(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 500
+        while lines_of(folder) == stored and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL)
+        assert lines_of(folder) > stored
+        stored = lines_of(folder)
+    ended = subprocess.run(launched(folder, processes=2), capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert lines_of(folder) == 10  # no answer was made twice
+    for name in ("predictions.jsonl", "metrics.json", "run.json"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def lines_of(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("predictions.rank*.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_refuse_once(launched: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [*launched(tmp_path / "eval", processes=2), "--by", "nothing"]
+    environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: --by nothing: no row has it in kwargs") == 1
+
+
+@pytest.mark.slow
+def test_exit_statuses(launched: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [*launched(tmp_path / "eval"), "--batch_size", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines()[-1] == "error: --batch_size must be >= 1, got 0"
