@@ -445,8 +445,8 @@ def test_text_in_a_config_is_never_code(setting: str, marker: Path) -> None:
 
 
 def test_our_code_has_one_way_to_run_what_a_file_names() -> None:
-    """`package.module:Name`, for `model.vision_tower`, `rewards` and `--dataset` (data.backend is one of three names); no
-    reader that runs what it reads."""
+    """`package.module:Name`, for `model.vision_tower`, `rewards` and `--dataset` (data.backend is one of three names);
+    no reader that runs what it reads."""
     importers, unsafe = set(), []
     for path in [*REPO_ROOT.glob("*.py"), *(p for room in ROOMS for p in (REPO_ROOT / room).rglob("*.py"))]:
         name = path.relative_to(REPO_ROOT).as_posix()
