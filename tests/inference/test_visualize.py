@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from inference.timeline_rows import timeline_lanes, wrap
+from inference.timeline_rows import timeline_blocks
+from inference.timeline_text import wrap
 from inference.visualize import draw_timeline, format_time, visualize_temporal_grounding
 from utils.common import REPO_ROOT, UserError
 from utils.curves import BLUE, GREEN, save_figure
@@ -75,7 +76,8 @@ def test_every_form_of_a_prediction_draws_the_same():
 
 
 def test_iou_is_with_the_ground_truth_that_fits_best():
-    lanes = timeline_lanes([[(20.0, 30.0), (0.0, 2.0)]], [(0.0, 4.0), (20.0, 25.0)])
+    [block] = timeline_blocks([[(20.0, 30.0), (0.0, 2.0)]], [(0.0, 4.0), (20.0, 25.0)])
+    lanes = block.lanes
     assert lanes[1].ious == (0.5, 0.5)
     assert lanes[0].windows == (Span(0.0, 4.0), Span(20.0, 25.0)) and lanes[0].ious == ()
 
@@ -214,7 +216,9 @@ def test_several_queries_name_the_rows_and_have_no_common_truth():
     predictions = [answer([[1, 2]], query="opens door"), answer([[3, 4]], query="closes door")]
     figure = draw(predictions)
     assert {"opens door", "closes door"} <= set(words(figure)) and figure.texts == []
-    with pytest.raises(UserError, match="belong to one query"):
+    with pytest.raises(
+        UserError, match=r"belongs to one query, the predictions answer 2; give a mapping: ground_truths=\{query"
+    ):
         draw(predictions, [(1.0, 2.0)])
 
 
