@@ -17,29 +17,30 @@ from matplotlib.text import Text
 
 from inference.timeline_page import MARGIN, Sheet
 from inference.timeline_rows import Block, Lane, is_finite
-from inference.timeline_text import fit, format_time, format_window, shorten, wrap
+from inference.timeline_text import fit, format_time, format_window, wrap
 from utils.spans import Span
 
-_LANE, _LINE, _HEADING, _CURVE = 0.36, 0.2, 0.42, 0.62
+_LANE, _LINE, _HEADING_LINE, _CURVE = 0.36, 0.2, 0.23, 0.62
 _BAR, _THIN_BAR = 0.24, 0.14
 _MAX_LISTED_WINDOWS, _MAX_LISTED_CANDIDATES = 4, 6
+_MAX_HEADING_LINES, _COLUMNS_PER_INCH = 2, 9.0
 _FAINTEST = 0.25
 """Opacity of the candidate with the lowest score."""
 
 
-def rows_height(blocks: Sequence[Block]) -> float:
+def rows_height(blocks: Sequence[Block], sheet: Sheet) -> float:
     """Height of all rows in inches."""
-    return sum(_heading_height(block) + sum(map(_lane_height, block.lanes)) for block in blocks)
+    return sum(_heading_height(block, sheet) + sum(map(_lane_height, block.lanes)) for block in blocks)
 
 
 def draw_blocks(axes: Axes, blocks: Sequence[Block], sheet: Sheet) -> None:
     """All rows, one block under the other."""
-    axes.set_ylim(rows_height(blocks), 0)
+    axes.set_ylim(rows_height(blocks, sheet), 0)
     top = 0.0
     for block in blocks:
         if block.heading:
-            _draw_heading(axes, block.heading, top, sheet)
-        top = _draw_block(axes, block, top + _heading_height(block), sheet)
+            _draw_heading(axes, block, top, sheet)
+        top = _draw_block(axes, block, top + _heading_height(block, sheet), sheet)
     _shade_outside(axes, sheet)
 
 
@@ -72,12 +73,27 @@ def _draw_block(axes: Axes, block: Block, top: float, sheet: Sheet) -> float:
     return top
 
 
-def _draw_heading(axes: Axes, words: str, top: float, sheet: Sheet) -> None:
-    line = shorten(words, round(78 * (sheet.width - sheet.right) / 9.5))
-    room = sheet.width - sheet.right - MARGIN
-    text = _side_text(axes, sheet, -room, top + 0.25, line, ha="left", fontsize=11.5)
-    text.set(color=sheet.palette.ink, fontweight="bold")
-    fit(text, room)
+def _draw_heading(axes: Axes, block: Block, top: float, sheet: Sheet) -> None:
+    """The query above its rows, where the grid makes room for it."""
+    height, room = _heading_height(block, sheet), _heading_room(sheet)
+    gap = Rectangle((sheet.clock.first, top), sheet.clock.span_s, height, linewidth=0, zorder=0.6)
+    gap.set_facecolor(sheet.palette.paper)
+    axes.add_patch(gap)
+    lines = _heading_lines(block, sheet)
+    for number, line in enumerate(lines, start=1):
+        y = top + height - 0.17 - _HEADING_LINE * (len(lines) - number)
+        text = _side_text(axes, sheet, MARGIN - sheet.width + sheet.right, y, line, ha="left", fontsize=11.5)
+        text.set(color=sheet.palette.ink, fontweight="bold")
+        fit(text, room)
+
+
+def _heading_lines(block: Block, sheet: Sheet) -> list[str]:
+    return wrap(block.heading, round(_COLUMNS_PER_INCH * _heading_room(sheet)), _MAX_HEADING_LINES)
+
+
+def _heading_room(sheet: Sheet) -> float:
+    """Width of a heading in inches: up to where the columns of figures have their names."""
+    return sheet.width - 2 * MARGIN - 1.6
 
 
 def _draw_column_heads(axes: Axes, block: Block, y: float, sheet: Sheet) -> None:
@@ -205,7 +221,7 @@ def _list_windows(axes: Axes, lane: Lane, middle: float, sheet: Sheet) -> None:
     """The times, the score and the IoU of a row in figures, at its right."""
     shown = _num_listed(lane)
     hidden = len(lane.windows) - shown
-    room = sheet.right - MARGIN - (1.2 if sheet.has_scores else 0.6)
+    room = sheet.right - MARGIN - (1.4 if sheet.has_scores else 0.6)
     for line, y in enumerate(_line_heights(lane, middle)):
         is_window = line < shown
         times = f"and {hidden} more" if hidden else "–"
@@ -255,7 +271,7 @@ def _iou_column(sheet: Sheet) -> float:
 
 
 def _score_column(sheet: Sheet) -> float:
-    return sheet.right - MARGIN - 0.6
+    return sheet.right - MARGIN - 0.8
 
 
 def _num_lines(lane: Lane) -> int:
@@ -277,5 +293,5 @@ def _lane_height(lane: Lane) -> float:
     return _CURVE if lane.curve else max(_LANE, _LINE * _num_lines(lane) + 0.1)
 
 
-def _heading_height(block: Block) -> float:
-    return _HEADING if block.heading else 0.0
+def _heading_height(block: Block, sheet: Sheet) -> float:
+    return 0.19 + _HEADING_LINE * len(_heading_lines(block, sheet)) if block.heading else 0.0

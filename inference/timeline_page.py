@@ -16,7 +16,7 @@ from utils.palette import Palette
 MARGIN, TITLE_LINE, LEADERS, TICKS = 0.18, 0.27, 0.3, 0.52
 """Inches: the border, a line of the title, the gap above the rows, the axis below them."""
 
-_LEFT, _RIGHT, _SCORES = 1.45, 2.45, 0.55
+_LEFT, _RIGHT, _SCORES = 1.45, 2.45, 0.75
 _COLUMNS_PER_INCH = 94 / 12
 _MAX_QUERY_LINES = 4
 _MAX_OVERHANG = 0.12
@@ -114,13 +114,17 @@ def open_page(
 
     Returns the figure and the two axes over the same seconds, `frames` and `windows`.
     """
-    title_height = TITLE_LINE * len(title) + (0.1 if title else 0.0)
-    figure = Figure(figsize=(sheet.width, MARGIN + title_height + above + rows + TICKS), dpi=dpi)
+    figure = Figure(figsize=(sheet.width, MARGIN + title_height(title) + above + rows + TICKS), dpi=dpi)
     FigureCanvasAgg(figure)
     _draw_title(figure, sheet, title)
     strip = _add_axes(figure, sheet, "frames", TICKS + rows, above)
     bars = _add_axes(figure, sheet, "windows", TICKS, rows)
     return figure, strip, bars
+
+
+def title_height(title: Sequence[str]) -> float:
+    """Inches that a title of these lines takes."""
+    return TITLE_LINE * len(title) + (0.1 if title else 0.0)
 
 
 def close_page(strip: Axes, bars: Axes, sheet: Sheet) -> None:

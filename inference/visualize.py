@@ -122,7 +122,7 @@ def draw_timeline(
     truths = blocks[0].truths if len(blocks) == 1 else ()
     with figure_style(sheet.palette):
         title = sheet.title(title_of(query, predictions))
-        figure, strip, bars = open_page(sheet, title, above=tile[1] + LEADERS, rows=rows_height(blocks))
+        figure, strip, bars = open_page(sheet, title, above=tile[1] + LEADERS, rows=rows_height(blocks, sheet))
         _draw_strip(strip, frames, times_s, truths, sheet, tile)
         draw_blocks(bars, blocks, sheet)
         close_page(strip, bars, sheet)
