@@ -9,25 +9,20 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.colors import to_rgb
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from inference.timeline_bars import draw_blocks, rows_height
-from inference.timeline_page import LEADERS, MARGIN, Sheet, TimeAxis, close_page, open_page, sheet_for, title_height
+from inference.animation_stage import Stage
+from inference.timeline_page import MARGIN, TimeAxis, sheet_for
 from inference.timeline_rows import Block, GroundTruths, timeline_blocks
-from inference.timeline_text import format_time
 from inference.visualize import thumbnail_budget, title_of
 from utils.common import UserError
-from utils.curves import figure_style
 from utils.gif_writer import ColourTable, write_gif
 from utils.logging_utils import get_logger
 from utils.palette import palette_of
@@ -51,11 +46,18 @@ class Limits:
     max_frames: int
     max_pixels: float
     """Pixels of the clip in all frames together; a GIF takes up to a byte for each."""
+    max_page_pixels: float
+    """Pixels of all frames together; a GIF is put together in memory."""
 
 
-MP4 = Limits(fps=15, max_fps=60, width=960, picture_share=0.5625, max_frames=5400, max_pixels=math.inf)
-GIF = Limits(fps=8, max_fps=25, width=640, picture_share=0.375, max_frames=400, max_pixels=20e6)
+MP4 = Limits(
+    fps=15, max_fps=60, width=960, picture_share=0.5625, max_frames=5400, max_pixels=math.inf, max_page_pixels=math.inf
+)
+GIF = Limits(fps=8, max_fps=25, width=640, picture_share=0.375, max_frames=400, max_pixels=20e6, max_page_pixels=200e6)
 _KINDS = {".mp4": MP4, ".gif": GIF}
+Shown = Iterable[tuple[float, np.ndarray]]
+"""Times (seconds on the file's clock) and the clip's frames at them."""
+
 _MIN_WIDTH, _MAX_WIDTH = 240, 1920
 
 _PIXELS_PER_INCH = 80
@@ -106,25 +108,21 @@ def animate_temporal_grounding(
     path = Path(output_path)
     with VideoFile(video_path) as file:
         stretch = file.scan(video_start, video_end)
-        whole = video_start is None and video_end is None
-        video_s = stretch.end_s if whole else max(probe_video(video_path).duration_s, stretch.end_s)
-        clock = TimeAxis.around(blocks, video_s, stretch.start_s, stretch.end_s)
         page_width = 2 * ((width or limits.width) // 2)
         inches = min(max(page_width / _PIXELS_PER_INCH, _NARROWEST), _WIDEST)
-        sheet = sheet_for(blocks, clock, palette, inches)
-        stage = Stage(blocks, sheet, title_of(query, predictions), page_width, _picture_size(file, page_width, limits))
-        times_s, rate = frame_times(clock, limits, fps, stage.picture_size)
+        sheet = sheet_for(blocks, _clock(file, stretch, blocks), palette, inches)
+        size = _picture_size(file, page_width, limits)
+        stage = Stage(blocks, sheet, title_of(query, predictions), page_width, size)
+        times_s, rate = frame_times(sheet.clock, limits, fps, size, stage.size)
         if rate < (fps or limits.fps):
             _say_thinned(path, rate, fps or limits.fps, limits)
-        pictures = frames_on_display(file, stretch, times_s, *stage.picture_size)
+        pictures = frames_on_display(file, stretch, times_s, *size)
         shown = tqdm(zip(times_s.tolist(), pictures, strict=True), path.name, len(times_s), leave=False, disable=None)
         with _plain_disk_errors(path):
             if limits is GIF:
                 _write_gif(path, stage, shown, [*(times_s - times_s[0]), len(times_s) / rate], _samples(file, stretch))
             else:
-                frames = (stage.frame(time, picture) for time, picture in shown)
-                size = {"size": stage.size, "num_frames": len(times_s)}
-                write_mp4_stream(path, frames, **size, fps=rate, gop_size=max(24, round(2 * rate)))
+                _write_mp4(path, stage, shown, len(times_s), rate)
     return path
 
 
@@ -137,95 +135,34 @@ def animation_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def frame_times(
-    clock: TimeAxis, limits: Limits, fps: float | None, picture_size: tuple[int, int]
+    clock: TimeAxis, limits: Limits, fps: float | None, picture_size: tuple[int, int], page_size: tuple[int, int]
 ) -> tuple[np.ndarray, float]:
     """When the frames are, in seconds on the file's clock, and how many there are in a second.
 
     As many as asked for, or as the limits allow over the whole stretch.
     """
     length = clock.end_s - clock.start_s
-    most = max(1, int(min(limits.max_frames, limits.max_pixels / math.prod(picture_size))))
+    room = limits.max_pixels / math.prod(picture_size), limits.max_page_pixels / math.prod(page_size)
+    most = max(1, int(min(limits.max_frames, *room)))
     rate = min(fps or limits.fps, most / length)
     count = max(1, min(most, math.ceil(length * rate - 1e-6)))
     return clock.start_s + np.arange(count) / rate, rate
 
 
-class Stage:
-    """Everything that stays the same from frame to frame, and where the clip and the cursor go."""
-
-    def __init__(
-        self, blocks: Sequence[Block], sheet: Sheet, query: str, width: int, picture_size: tuple[int, int]
-    ) -> None:
-        self.sheet, self.picture_size = sheet, picture_size
-        self._dpi = width / sheet.width
-        title = sheet.title(query)
-        above = picture_size[0] / self._dpi + LEADERS
-        with figure_style(sheet.palette):
-            figure, strip, bars = open_page(
-                sheet, title, above=above, rows=rows_height(blocks, sheet), dpi=self._dpi + 1e-6
-            )
-            strip.set_axis_off()
-            draw_blocks(bars, blocks, sheet)
-            close_page(strip, bars, sheet)
-            figure.canvas.draw()
-            drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
-        box = bars.get_window_extent()
-        self._left, self._length = box.x0, box.width
-        self._rows = (round(drawn.shape[0] - box.y1), round(drawn.shape[0] - box.y0))
-        self.background = _with_even_sides(drawn, sheet.palette.paper)
-        top = round((MARGIN + title_height(title)) * self._dpi)
-        left = (self.background.shape[1] - picture_size[1]) // 2
-        self.picture_at = (slice(top, top + picture_size[0]), slice(left, left + picture_size[1]))
-        self._colour = np.rint(np.array(to_rgb(sheet.palette.cursor)) * 255).astype(np.uint8)
-        bold = font_manager.FontProperties(family="DejaVu Sans", weight="bold")
-        self._font = ImageFont.truetype(font_manager.findfont(bold), max(6, round(10 / 72 * self._dpi)))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of a frame in pixels, both even."""
-        return self.background.shape[0], self.background.shape[1]
-
-    def frame(self, time_s: float, picture: np.ndarray) -> np.ndarray:
-        """The page at `time_s`, uint8 (H, W, 3)."""
-        frame = self.background.copy()
-        frame[self.picture_at] = picture
-        self.draw_cursor(frame, time_s)
-        return frame
-
-    def cursor_columns(self, time_s: float) -> slice:
-        """The columns of pixels that the cursor covers."""
-        thick = max(2, round(self.size[1] / 480))
-        middle = self._left + self.sheet.clock.share(time_s) * self._length
-        first = min(max(round(middle - thick / 2), 0), self.size[1] - thick)
-        return slice(first, first + thick)
-
-    def draw_cursor(self, frame: np.ndarray, time_s: float) -> None:
-        """A line over the rows, and the time above it."""
-        columns = self.cursor_columns(time_s)
-        frame[self._rows[0] - round(0.06 * self._dpi) : self._rows[1], columns] = self._colour
-        clock = self.sheet.clock
-        words = format_time(time_s, clock.reading_s, 1)
-        half = self._font.getlength(words) / 2
-        x = min(max((columns.start + columns.stop) / 2, self._left + half), self._left + self._length - half)
-        first, last = self._rows[0] - round(LEADERS * self._dpi), self._rows[0]
-        band = Image.fromarray(np.ascontiguousarray(frame[first:last]))
-        middle = (x, (0.5 * LEADERS - 0.02) * self._dpi)
-        ImageDraw.Draw(band).text(middle, words, fill=tuple(self._colour.tolist()), font=self._font, anchor="mm")
-        frame[first:last] = np.asarray(band)
+def _clock(file: VideoFile, stretch: Stretch, blocks: Sequence[Block]) -> TimeAxis:
+    """The stretch as a time axis; the length of the whole video, for the saliency, only where it is another."""
+    is_whole = stretch.start_s == 0 and stretch.end_s >= (file.header_end_s or math.inf)
+    video_s = stretch.end_s if is_whole else max(probe_video(file.path).duration_s, stretch.end_s)
+    return TimeAxis.around(blocks, video_s, stretch.start_s, stretch.end_s)
 
 
-def _with_even_sides(drawn: np.ndarray, paper: str) -> np.ndarray:
-    """`drawn` with a line of paper below and at the right where a side is odd (yuv420p halves both)."""
-    height, width = drawn.shape[0] + drawn.shape[0] % 2, drawn.shape[1] + drawn.shape[1] % 2
-    even = np.empty((height, width, 3), dtype=np.uint8)
-    even[:] = np.rint(np.array(to_rgb(paper)) * 255)
-    even[: drawn.shape[0], : drawn.shape[1]] = drawn
-    return even
+def _write_mp4(path: Path, stage: Stage, shown: Shown, num_frames: int, rate: float) -> None:
+    frames = (stage.frame(time, picture) for time, picture in shown)
+    gop_size = max(24, round(2 * rate))  # a player finds any moment quickly
+    write_mp4_stream(path, frames, size=stage.size, num_frames=num_frames, fps=rate, gop_size=gop_size)
 
 
-def _write_gif(
-    path: Path, stage: Stage, shown: Iterator[tuple[float, np.ndarray]], times_s: list[float], samples: np.ndarray
-) -> None:
+def _write_gif(path: Path, stage: Stage, shown: Shown, times_s: list[float], samples: np.ndarray) -> None:
     """Rows and cursor keep their colours; the clip shares what is left of the table."""
     middle = (stage.sheet.clock.start_s + stage.sheet.clock.end_s) / 2
     with_cursor = stage.background.copy()

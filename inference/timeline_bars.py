@@ -257,7 +257,12 @@ def _shade_outside(axes: Axes, sheet: Sheet) -> None:
     clock, palette = sheet.clock, sheet.palette
     for start, end in ((clock.first, clock.start_s), (clock.end_s, clock.last)):
         if end > start:
-            look = {"facecolor": palette.outside, "edgecolor": palette.faint, "hatch": "////", "linewidth": 0}
+            look: dict[str, Any] = {
+                "facecolor": palette.outside,
+                "edgecolor": palette.faint,
+                "hatch": "////",
+                "linewidth": 0,
+            }
             axes.axvspan(start, end, zorder=0, **look)
 
 

@@ -152,7 +152,7 @@ def _draw_title(figure: Figure, sheet: Sheet, lines: Sequence[str]) -> None:
 def _draw_ticks(axes: Axes, sheet: Sheet) -> None:
     clock = sheet.clock
     length = clock.end_s - clock.start_s
-    most = min(9.0, 1.15 * sheet.axis_width)
+    most = min(9.0, 1.6 * sheet.axis_width)
     step = next((step for step in _TICK_STEPS_S if length / step <= most), length / 5)
     numbers = range(-int(-clock.start_s / step + 1e-9), int(clock.end_s / step + 1e-9) + 1)
     ticks = [step * number for number in numbers if step * number >= clock.start_s - 1e-9]

@@ -113,9 +113,7 @@ def _by_query(given: Any, groups: Mapping[str | None, Any], what: str) -> Mappin
             if query not in groups or query is None:
                 known = [name for name in groups if name]
                 hint = nearest(str(query), known)
-                remedy = (
-                    f"did you mean {hint!r}?" if hint else f"predictions carry: {', '.join(map(repr, known)) or '-'}"
-                )
+                remedy = f"did you mean {hint!r}?" if hint else f"they carry {', '.join(map(repr, known)) or 'none'}"
                 raise UserError(f"{what} holds the query {query!r}, which no prediction carries; {remedy}")
         return given
     if len(groups) == 1:
