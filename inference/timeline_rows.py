@@ -1,22 +1,33 @@
-"""Rows of the timeline picture: reads predictions and labels in every form they come in, and scores them.
+"""Rows of the timeline: which there are, in which block, and how well each prediction does.
 
-What a row looks like on paper is the business of `inference.visualize`.
+Reading what is given is `inference.timeline_input`, what a row looks like on paper `inference.timeline_bars`.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from utils.common import UserError
+from inference.timeline_input import (
+    Answer,
+    Saliency,
+    as_list,
+    distinct_queries,
+    query_of,
+    read_answer,
+    read_saliency,
+    read_windows,
+)
+from utils.common import UserError, nearest
 from utils.spans import Span, temporal_iou
 
 EMPTY_WINDOW = "an empty window: start = end"
 """What is said of a window without length, here and on the command line."""
+
+GroundTruths = Sequence[Sequence[float]] | Mapping[str, Sequence[Sequence[float]] | None]
+"""Windows of the one query, or of each by its name; None = not labelled."""
 
 _MAX_PREDICTIONS = 100
 
@@ -25,113 +36,142 @@ _MAX_PREDICTIONS = 100
 class Lane:
     """One row of the picture."""
 
-    kind: Literal["ground truth", "prediction"]
+    kind: Literal["ground truth", "prediction", "saliency"]
     label: str
-    windows: tuple[Span, ...]
+    windows: tuple[Span, ...] = ()
+    name: str = ""
+    """Id in the drawing: its bars are `<name>-1`, `<name>-2`, ..."""
+    scores: tuple[float | None, ...] = ()
+    """Per window, the highest first; empty = no window has one."""
     note: str = ""
     """Said in words where no window can be drawn, or where the only one has no length."""
     ious: tuple[float, ...] = ()
     """Per window, with the labelled window it fits best; one value for a row without windows; empty = not scored."""
     verdict: str = ""
     """In place of an IoU where the event is labelled absent."""
+    curve: Saliency | None = None
 
 
-def timeline_lanes(
+@dataclass(frozen=True)
+class Block:
+    """Rows that belong to one query, the ground truth first."""
+
+    lanes: tuple[Lane, ...]
+    heading: str = ""
+    """The query, where the picture has several."""
+
+    @property
+    def truths(self) -> tuple[Span, ...]:
+        """The labelled windows."""
+        return next((lane.windows for lane in self.lanes if lane.kind == "ground truth"), ())
+
+
+def timeline_blocks(
     predictions: Sequence[Any],
-    ground_truths: Sequence[Sequence[float]] | None = None,
+    ground_truths: GroundTruths | None = None,
     labels: Sequence[str] | None = None,
-) -> list[Lane]:
-    """The rows of the picture, the ground truth first; for the arguments see `visualize_temporal_grounding`.
+    saliency: Any = None,
+) -> list[Block]:
+    """The rows of the picture, one block for each query in order; see `visualize_temporal_grounding`.
 
-    Raises `UserError` for windows that are not pairs of numbers, for a wrong number of labels and for ground truths
-    beside predictions of several queries.
+    Raises `UserError` for windows that are not pairs of numbers, scores or saliency that are not numbers, a wrong
+    number of labels, and ground truths or saliency that do not say to which of several queries they belong.
     """
-    answers = _as_list(predictions, "predictions")
-    truths = None if ground_truths is None else _windows(ground_truths, "ground_truths")
+    answers = as_list(predictions, "predictions")
     if len(answers) > _MAX_PREDICTIONS:
         raise UserError(f"a picture holds at most {_MAX_PREDICTIONS} predictions, got {len(answers)}; split them up")
-    num_queries = len(distinct_queries(answers))
-    if num_queries > 1 and truths is not None:
-        raise UserError(f"ground_truths belong to one query, the predictions answer {num_queries}; draw each by itself")
-    lanes = [] if truths is None else [_truth_lane(truths)]
-    for index, (item, name) in enumerate(zip(answers, _prediction_names(answers, labels), strict=False)):
-        windows, note = _read_prediction(item, f"predictions[{index}]")
-        lanes.append(_prediction_lane(name, windows, note, truths))
-    return lanes if answers else [*lanes, Lane("prediction", "Prediction", (), "no prediction")]
+    groups = _groups(answers)
+    truths = _by_query(ground_truths, groups, "ground_truths")
+    curves = _by_query(saliency, groups, "saliency")
+    names = _prediction_names(groups, len(answers), labels)
+    blocks = []
+    for number, (query, indices) in enumerate(groups.items(), start=1):
+        prefix = f"query-{number}-" if len(groups) > 1 else ""
+        heading = (query or "(no query)") if len(groups) > 1 else ""
+        rows = _query_lanes(prefix, truths.get(query), [(index, answers[index], names[index]) for index in indices])
+        blocks.append(Block((*rows, *_saliency_lanes(prefix, curves.get(query), "saliency")), heading))
+    if len(groups) > 1 and saliency is not None and not isinstance(saliency, Mapping):
+        blocks.append(Block(tuple(_saliency_lanes("", saliency, "saliency"))))
+    return blocks
 
 
-def _read_prediction(item: Any, where: str) -> tuple[list[Span] | None, str]:
-    """Windows of one answer (None = unreadable, empty = absence stated) and what to say where there is none."""
-    absent = "the answer says that the event does not happen"
-    if item is None:
-        return None, "the answer could not be read"
-    if not isinstance(item, Mapping):
-        windows = _windows([item] if _is_window(item) else item, where)
-        return windows, "" if windows else absent
-    if item.get("parsed", True) in (False, None):
-        raw = " ".join(str(item.get("raw_text") or "").split())
-        return None, f"the answer could not be read: “{shorten(raw, 70)}”" if raw else "the answer is empty"
-    if "segments" in item:
-        windows = _windows(item["segments"], f"{where}['segments']")
-        return windows, "" if windows else absent
-    if "start_time" not in item or "end_time" not in item:
-        raise UserError(f"{where} has neither segments nor start_time and end_time; pass what predict() returned")
-    if item["start_time"] is None or item["end_time"] is None:
-        return [], absent
-    return _windows([(item["start_time"], item["end_time"])], where), ""
+def _groups(answers: Sequence[Any]) -> dict[str | None, list[int]]:
+    """Indices of the predictions by query, in order of appearance; with at most one query they are one group."""
+    queries = distinct_queries(answers)
+    if len(queries) < 2:
+        return {queries[0] if queries else None: list(range(len(answers)))}
+    groups: dict[str | None, list[int]] = {}
+    for index, item in enumerate(answers):
+        groups.setdefault(query_of(item) or None, []).append(index)
+    return groups
 
 
-def _as_list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Collection):
-        raise UserError(f"{where} must be a list, got {value!r}; write {where}=[...] even for one")
-    return list(value)
+def _by_query(given: Any, groups: Mapping[str | None, Any], what: str) -> Mapping[str | None, Any]:
+    """`given` by query: a mapping as it is, anything else as that of the only query there is."""
+    if isinstance(given, Mapping):
+        for query in given:
+            if query not in groups or query is None:
+                known = [name for name in groups if name]
+                hint = nearest(str(query), known)
+                remedy = f"did you mean {hint!r}?" if hint else f"they carry {', '.join(map(repr, known)) or 'none'}"
+                raise UserError(f"{what} holds the query {query!r}, which no prediction carries; {remedy}")
+        return given
+    if len(groups) == 1:
+        return dict.fromkeys(groups, given)
+    if what == "ground_truths" and given is not None:
+        raise UserError(
+            f"a list of ground_truths belongs to one query, the predictions answer {len(groups)}; give a mapping: "
+            "ground_truths={query: [(start, end), ...], ...}"
+        )
+    return {}
 
 
-def _is_window(value: Any) -> bool:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        return False
-    parts = list(value)
-    return len(parts) == 2 and all(isinstance(part, Real) for part in parts)
+def _query_lanes(prefix: str, given: Any, answers: Sequence[tuple[int, Any, str]]) -> list[Lane]:
+    truths = None if given is None else read_windows(given, "ground_truths")
+    lanes = [] if truths is None else [_truth_lane(f"{prefix}ground-truth", truths)]
+    for index, item, label in answers:
+        answer = read_answer(item, f"predictions[{index}]")
+        lanes.append(replace(_prediction_lane(label, answer, truths), name=f"prediction-{index + 1}"))
+    return lanes if answers else [*lanes, Lane("prediction", "Prediction", note="no prediction")]
 
 
-def _windows(values: Any, where: str) -> list[Span]:
-    pairs = _as_list(values, where)
-    for pair in pairs:
-        if not _is_window(pair):
-            raise UserError(f"{where} must hold (start, end) pairs in seconds, got {pair!r}; e.g. [(10.0, 15.0)]")
-    return [Span(float(start), float(end)) for start, end in pairs]
+def _saliency_lanes(prefix: str, given: Any, where: str) -> list[Lane]:
+    if given is None:
+        return []
+    curve = read_saliency(given, where)
+    note = "" if any(math.isfinite(value) for value in curve.values) else "no values"
+    return [Lane("saliency", "Saliency", name=f"{prefix}saliency", note=note, curve=curve)]
 
 
-def _prediction_names(predictions: list[Any], labels: Sequence[str] | None) -> list[str]:
+def _prediction_names(
+    groups: Mapping[str | None, Sequence[int]], count: int, labels: Sequence[str] | None
+) -> dict[int, str]:
+    """Each prediction's name; by default they are numbered within their query."""
     if labels is not None:
-        if len(labels) != len(predictions):
-            raise UserError(f"labels must name every prediction: {len(predictions)} expected, got {len(labels)}")
-        return list(labels)
-    if len(distinct_queries(predictions)) > 1:
-        return [_query_of(item) or "Prediction" for item in predictions]
-    return [f"Prediction {number}" for number in range(1, len(predictions) + 1)] if predictions[1:] else ["Prediction"]
+        if len(labels) != count:
+            raise UserError(f"labels must name every prediction: {count} expected, got {len(labels)}")
+        return dict(enumerate(labels))
+    names = {}
+    for indices in groups.values():
+        for number, index in enumerate(indices, start=1):
+            names[index] = f"Prediction {number}" if len(indices) > 1 else "Prediction"
+    return names
 
 
-def _query_of(item: Any) -> str | None:
-    return item["query"] if isinstance(item, Mapping) and "query" in item else None
+def _truth_lane(name: str, truths: list[Span]) -> Lane:
+    note = "" if truths else "the event is not in the video"
+    return Lane("ground truth", "Ground truth", tuple(truths), name=name, note=note)
 
 
-def distinct_queries(predictions: Iterable[Any]) -> list[str]:
-    """The distinct queries the predictions carry, in order."""
-    return list(dict.fromkeys(query for item in predictions if (query := _query_of(item))))
-
-
-def _truth_lane(truths: list[Span]) -> Lane:
-    return Lane("ground truth", "Ground truth", tuple(truths), "" if truths else "the event is not in the video")
-
-
-def _prediction_lane(label: str, windows: list[Span] | None, note: str, truths: list[Span] | None) -> Lane:
+def _prediction_lane(label: str, answer: Answer, truths: list[Span] | None) -> Lane:
+    windows = answer.windows
+    lane = Lane("prediction", label, windows or (), scores=answer.scores, note=answer.note)
     if truths == []:  # labelled absent: there is no IoU, the answer is right or wrong
-        return Lane("prediction", label, tuple(windows or ()), note, verdict="right" if windows == [] else "wrong")
+        return replace(lane, verdict="right" if windows == () else "wrong")
     if not windows:
-        return Lane("prediction", label, (), note, ious=(0.0,) if truths else ())
+        return replace(lane, ious=(0.0,) if truths else ())
     ious = tuple(max(temporal_iou(window, truth) for truth in truths) for window in windows) if truths else ()
-    return Lane("prediction", label, tuple(windows), _note(windows), ious=ious)
+    return replace(lane, note=_note(windows), ious=ious)
 
 
 def _note(windows: Sequence[Span]) -> str:
@@ -148,41 +188,3 @@ def is_empty(window: Span) -> bool:
 def is_finite(window: Span) -> bool:
     """Whether both ends of `window` are numbers that a time axis can hold."""
     return math.isfinite(window.start) and math.isfinite(window.end)
-
-
-def wrap(text: str, width: int, max_lines: int) -> list[str]:
-    """Lines of at most `width` columns (a wide character takes two), cut off with an ellipsis after `max_lines`."""
-    lines = [""]
-    for word in text.split():
-        for piece in _pieces(word, width):
-            joined = f"{lines[-1]} {piece}".strip()
-            if _columns(joined) <= width:
-                lines[-1] = joined
-            else:
-                lines.append(piece)
-    if len(lines) > max_lines:
-        lines = [*lines[: max_lines - 1], shorten(" ".join(lines[max_lines - 1 :]), width)]
-    return [line for line in lines if line]
-
-
-def _pieces(word: str, width: int) -> list[str]:
-    """`word`, cut where it is wider than a line (a text without spaces is one word)."""
-    pieces = [""]
-    for character in word:
-        if _columns(pieces[-1] + character) > width:
-            pieces.append("")
-        pieces[-1] += character
-    return pieces
-
-
-def shorten(text: str, width: int) -> str:
-    """`text` in at most `width` columns, cut off with an ellipsis."""
-    if _columns(text) <= width:
-        return text
-    while text and _columns(text) > width - 1:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-def _columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -4,7 +4,7 @@
         --query "the person opens the door" --output visualization.png
 
 Prompt, frame rate and pixel budget come from the checkpoint's own record (contract 2). Loading is `trainers.model`,
-drawing is `inference.visualize`.
+drawing is `inference.visualize` and `inference.animate`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ settle_accelerator()
 
 from datasets.collate_fns import VideoCollator  # noqa: E402
 from datasets.encoding import fit_prompt  # noqa: E402
+from inference.animate import animate_temporal_grounding, animation_suffix  # noqa: E402
 from inference.batching import Answer, Item, Query, answer_queries, read_items  # noqa: E402
 from inference.timeline_rows import EMPTY_WINDOW  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
@@ -36,11 +37,12 @@ from trainers.model import Policy, load_for_inference  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
 from utils.curves import figure_format  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
+from utils.palette import THEMES  # noqa: E402
 from utils.prompts import PromptContract, build_messages  # noqa: E402
 from utils.spans import Span, parse_spans  # noqa: E402
 from utils.video import VideoClip, clip_from_frames, probe_video, read_clip, resize_clip  # noqa: E402
 
-__all__ = ["VideoTemporalInference", "visualize_temporal_grounding"]
+__all__ = ["VideoTemporalInference", "animate_temporal_grounding", "visualize_temporal_grounding"]
 
 ON_ERROR = ("report", "raise")
 DEFAULT_NEW_TOKENS = 64
@@ -303,6 +305,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True, help="what to look for, in a sentence")
     parser.add_argument("--output", type=Path, help="timeline picture (.png, .svg, .pdf)")
+    parser.add_argument("--mp4", type=Path, help="the clip itself over the timeline, with a moving cursor (.mp4)")
+    parser.add_argument("--gif", type=Path, help="the same as a GIF, with fewer frames and a smaller clip (.gif)")
+    parser.add_argument("--theme", choices=tuple(THEMES), default="light", help="paper of picture and animation")
     parser.add_argument("--json", action="store_true", help="print the prediction as one JSON object")
     parser.add_argument("--ground_truth", type=float, nargs=2, action="append", metavar=("START", "END"), default=[])
     parser.add_argument("--video_start", type=float, help="search only from here (seconds)")
@@ -338,15 +343,25 @@ def main() -> None:
         print(json.dumps(found, ensure_ascii=False))  # noqa: T201
     else:
         print(summary(found))  # noqa: T201
+    _draw(args, found)
+
+
+def _draw(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """The picture and the animations that were asked for."""
+    shown: dict[str, Any] = {
+        "video_path": args.video,
+        "predictions": [found],
+        "ground_truths": [tuple(window) for window in args.ground_truth] or None,
+        "query": args.query,
+        "theme": args.theme,
+    }
     if args.output:
-        visualize_temporal_grounding(
-            video_path=args.video,
-            predictions=[found],
-            ground_truths=[tuple(window) for window in args.ground_truth] or None,
-            output_path=args.output,
-            query=args.query,
-        )
+        visualize_temporal_grounding(output_path=args.output, **shown)
         get_logger().info("timeline: %s", args.output)
+    for path in filter(None, (args.mp4, args.gif)):
+        stretch = {"video_start": args.video_start, "video_end": args.video_end}
+        animate_temporal_grounding(output_path=path, **shown, **stretch)
+        get_logger().info("animation: %s", path)
 
 
 def _check_early(args: argparse.Namespace) -> None:
@@ -356,6 +371,9 @@ def _check_early(args: argparse.Namespace) -> None:
     probe_video(args.video)
     if args.output:
         figure_format(args.output)
+    for suffix, path in ((".mp4", args.mp4), (".gif", args.gif)):
+        if path and animation_suffix(path) != suffix:
+            raise UserError(f"--{suffix[1:]} writes a {suffix} file, got {path}; change its suffix")
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Training curves: a metrics file in, one PNG of panels out. Also the look that every figure of the project shares.
+"""Training curves: a metrics file in, one PNG of panels out. Also the look that every figure of the project shares;
+its colours are in `utils.palette`.
 
 Figures are made through matplotlib's objects, never through pyplot, so a notebook's or a user's backend stays as it is.
 """
@@ -25,49 +26,52 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils.common import UserError, atomic_open
 from utils.logging_utils import get_logger, read_metrics
+from utils.palette import AMBER, BLUE, GREEN, INK, LIGHT, PURPLE, VERMILION, Palette
+from utils.palette import FAINT as FAINT  # the colours may be imported from here too
+from utils.palette import MUTED as MUTED
 
-INK = "#1f2328"
-MUTED = "#656d76"
-FAINT = "#d8dee4"
-BLUE, GREEN, VERMILION, PURPLE, AMBER = "#0072B2", "#009E73", "#D55E00", "#AA4499", "#E69F00"
-"""Colours that stay apart in the common kinds of colour blindness (after Okabe and Ito, 2008)."""
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, "#56B4E9")
 
-_STYLE = {
-    "font.size": 11.0,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 13.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.titlepad": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "vtg",  # the same picture gives the same file
-}
 _WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
 
 
+def _style(palette: Palette) -> dict[str, Any]:
+    """Settings of matplotlib for figures on the paper of `palette`."""
+    return {
+        "font.size": 11.0,
+        "text.color": palette.ink,
+        "axes.facecolor": palette.paper,
+        "axes.labelcolor": palette.muted,
+        "axes.edgecolor": palette.muted,
+        "axes.linewidth": 0.8,
+        "axes.titlesize": 13.0,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlecolor": palette.ink,
+        "axes.titlepad": 10.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": palette.faint,
+        "grid.linewidth": 0.8,
+        "xtick.color": palette.muted,
+        "ytick.color": palette.muted,
+        "legend.frameon": False,
+        "lines.linewidth": 2.0,
+        "lines.solid_capstyle": "round",
+        "figure.facecolor": palette.paper,
+        "savefig.facecolor": "auto",
+        "svg.hashsalt": "vtg",  # the same picture gives the same file
+    }
+
+
 @contextmanager
-def figure_style() -> Iterator[None]:
-    """Dark text on white whatever the user's matplotlibrc says, for the figures made and saved inside."""
+def figure_style(palette: Palette = LIGHT) -> Iterator[None]:
+    """The colours of `palette` whatever the user's matplotlibrc says, for the figures made and saved inside."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
-    with matplotlib.style.context({**_STYLE, "font.family": families}, after_reset=True):
+    with matplotlib.style.context({**_style(palette), "font.family": families}, after_reset=True):
         yield
 
 

@@ -314,10 +314,18 @@ class VideoFile:
             frames: uint8 RGB, shape (len(wanted), height, width, 3).
             found: bool, shape (len(wanted),); False where the file promises a frame that does not decode.
         """
-        import av
-
         frames = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
         found = np.zeros(len(wanted), dtype=bool)
+        for i, frame in self.decode_each(stretch, wanted, height, width):
+            frames[i], found[i] = frame, True
+        return frames, found
+
+    def decode_each(
+        self, stretch: Stretch, wanted: np.ndarray, height: int, width: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The same one by one, in the order they are shown: (index in `wanted`, frame); lost frames are left out."""
+        import av
+
         position = {tick: i for i, tick in enumerate(wanted.tolist())}
         turns = self.rotation // 90
         coded = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
@@ -327,11 +335,9 @@ class VideoFile:
             if i is not None:
                 # One thread: for small pictures swscale's own threads cost 20 times the work.
                 rgb = resize.reformat(picture, **coded, format="rgb24", interpolation="BICUBIC", threads=1)
-                frames[i] = np.rot90(rgb.to_ndarray(), turns) if turns else rgb.to_ndarray()
-                found[i] = True
+                yield i, np.rot90(rgb.to_ndarray(), turns) if turns else rgb.to_ndarray()
                 if not position:
                     break
-        return frames, found
 
     def decodable(self, stretch: Stretch) -> np.ndarray:
         """Which of the stretch's frames come out of the decoder: bool, one per frame. Decodes all of them."""

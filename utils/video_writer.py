@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -38,18 +38,55 @@ def write_mp4(
     Raises:
         UserError: frames or times of the wrong kind.
     """
+    _check_frames(frames)
+    ticks = _presentation_ticks(len(frames), fps, times_s)
+    _encode(path, frames, frames.shape[1:3], ticks, crf, gop_size, keeps_order=times_s is not None)
+
+
+def write_mp4_stream(
+    path: str | os.PathLike[str],
+    frames: Iterable[np.ndarray],
+    *,
+    size: tuple[int, int],
+    num_frames: int,
+    fps: float,
+    crf: int = 18,
+    gop_size: int | None = None,
+) -> None:
+    """`write_mp4` for frames that come one at a time, so that a long video never lies in memory.
+
+    Args:
+        frames: `num_frames` arrays, uint8, shape (H, W, 3).
+        size: (H, W), both even.
+
+    Raises:
+        UserError: sides that are odd, or a rate that is none.
+    """
+    _check_frames(np.empty((1, *size, 3), dtype=np.uint8))
+    _encode(path, frames, size, _presentation_ticks(num_frames, fps, None), crf, gop_size, keeps_order=False)
+
+
+def _encode(
+    path: str | os.PathLike[str],
+    frames: Iterable[np.ndarray],
+    size: tuple[int, ...],
+    timing: tuple[Fraction, list[int]],
+    crf: int,
+    gop_size: int | None,
+    *,
+    keeps_order: bool,
+) -> None:
     import av
 
-    _check_frames(frames)
-    time_base, ticks = _presentation_ticks(len(frames), fps, times_s)
+    time_base, ticks = timing
     with atomic_open(path, "wb") as handle, av.open(handle, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_nominal_rate(time_base, ticks))
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = time_base
         stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
         stream.options = {"crf": str(crf), "preset": "veryfast"}
-        if times_s is not None:
+        if keeps_order:
             stream.codec_context.max_b_frames = 0  # reordered frames keep their times, but not how long the last shows
         if gop_size is not None:
             stream.codec_context.gop_size = gop_size

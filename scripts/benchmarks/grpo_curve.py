@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from scripts.benchmarks.grpo import measure_times, summary
 from scripts.benchmarks.grpo_ways import Cell, Work, make_way
 from utils.common import atomic_open
-from utils.curves import BLUE, INK, MUTED, VERMILION, figure_format, figure_style, save_figure
+from utils.curves import figure_format, figure_style, save_figure
+from utils.palette import BLUE, INK, MUTED, VERMILION
 
 GENERATIONS, LENGTHS = (2, 4, 8, 16), (300, 1200, 2500, 5000)
 COLUMNS = ("sweep", "prompt_tokens", "generations", "completion_tokens", "update_ratio", "step_ratio", "token_ratio",

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from inference.video_infer import VideoTemporalInference, summary
 from trainers.model import load_for_inference, load_policy
@@ -159,6 +161,8 @@ def test_command_line_prints_json_and_draws(
     picture = tmp_path / "visualization.png"
     flags = ["--model_path", str(full_checkpoint), "--video", str(video), "--query", "the red square appears"]
     flags += ["--output", str(picture), "--json", "--max_new_tokens", "4", "--ground_truth", "1", "3"]
+    flags += ["--mp4", str(tmp_path / "clip.mp4"), "--gif", str(tmp_path / "clip.gif"), "--theme", "dark"]
+    flags += ["--video_start", "1", "--video_end", "3"]
     monkeypatch.setattr(sys, "argv", ["video_infer.py", *flags])
     monkeypatch.setattr(sys, "path", [str(REPO_ROOT / "inference"), *sys.path])
     with pytest.raises(SystemExit) as ended:
@@ -167,6 +171,10 @@ def test_command_line_prints_json_and_draws(
     found = json.loads(capfd.readouterr().out)
     assert found["query"] == "the red square appears"
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].frames == 30  # 2 s at 15 frames a second
+    with Image.open(tmp_path / "clip.gif") as image:
+        assert image.n_frames == 16 and image.convert("RGB").getpixel((1, 1)) == (13, 17, 23)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +184,8 @@ def test_command_line_prints_json_and_draws(
         ({"--query": " "}, "error: --query is empty"),
         ({"--video": "gone.mp4"}, "error: cannot read the video gone.mp4"),
         ({"--output": "picture.txt"}, "error: a picture is written as .png, .svg or .pdf"),
+        ({"--mp4": "clip.avi"}, "error: an animation is written as .mp4 or .gif, got 'clip.avi'"),
+        ({"--gif": "clip.mp4"}, "error: --gif writes a .gif file, got clip.mp4; change its suffix"),
     ],
 )
 def test_command_line_error_is_one_line(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from inference.timeline_rows import timeline_lanes, wrap
+from inference.timeline_rows import timeline_blocks
+from inference.timeline_text import wrap
 from inference.visualize import draw_timeline, format_time, visualize_temporal_grounding
 from utils.common import REPO_ROOT, UserError
-from utils.curves import BLUE, GREEN, save_figure
+from utils.curves import save_figure
 from utils.logging_utils import get_logger
+from utils.palette import BLUE, DARK, GREEN, PURPLE
 from utils.spans import Span
 from utils.video import write_mp4
 
@@ -75,7 +77,8 @@ def test_every_form_of_a_prediction_draws_the_same():
 
 
 def test_iou_is_with_the_ground_truth_that_fits_best():
-    lanes = timeline_lanes([[(20.0, 30.0), (0.0, 2.0)]], [(0.0, 4.0), (20.0, 25.0)])
+    [block] = timeline_blocks([[(20.0, 30.0), (0.0, 2.0)]], [(0.0, 4.0), (20.0, 25.0)])
+    lanes = block.lanes
     assert lanes[1].ious == (0.5, 0.5)
     assert lanes[0].windows == (Span(0.0, 4.0), Span(20.0, 25.0)) and lanes[0].ious == ()
 
@@ -214,7 +217,9 @@ def test_several_queries_name_the_rows_and_have_no_common_truth():
     predictions = [answer([[1, 2]], query="opens door"), answer([[3, 4]], query="closes door")]
     figure = draw(predictions)
     assert {"opens door", "closes door"} <= set(words(figure)) and figure.texts == []
-    with pytest.raises(UserError, match="belong to one query"):
+    with pytest.raises(
+        UserError, match=r"belongs to one query, the predictions answer 2; give a mapping: ground_truths=\{query"
+    ):
         draw(predictions, [(1.0, 2.0)])
 
 
@@ -284,6 +289,207 @@ def test_wrapping():
     assert wrap("", 4, 9) == []
 
 
+# ---------------------------------------------------------------------------------------------- several queries
+
+TWO = [answer([[10, 15]], query="door"), answer([[20, 22]], query="dog"), answer([[12.5, 17.5]], query="door")]
+
+
+def test_each_query_has_its_truth_and_its_scores():
+    figure = draw(TWO, {"dog": [(21, 22)], "door": [(10, 15)]})
+    assert bars(figure) == {
+        "query-1-ground-truth-1": (10, 15), "prediction-1-1": (10, 15), "prediction-3-1": (12.5, 17.5),
+        "query-2-ground-truth-1": (21, 22), "prediction-2-1": (20, 22),
+    }  # fmt: skip
+    said = words(figure)
+    order = ["door", "Ground truth", "Prediction 1", "Prediction 2", "dog", "Ground truth", "Prediction"]
+    assert [word for word in said if word in order] == order
+    assert [word for word in said if word in ("1.00", "0.33", "0.50")] == ["1.00", "0.33", "0.50"]
+    assert said.count("IoU") == 2 and figure.texts == []
+
+
+def test_rows_of_a_query_lie_below_its_name():
+    axes = axes_of(draw(TWO, {"dog": [(21, 22)], "door": [(10, 15)]}), "windows")
+    places = {patch.get_gid(): patch.get_y() for patch in axes.patches if patch.get_gid()}
+    names = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert names["door"] < places["query-1-ground-truth-1"] < places["prediction-1-1"] < places["prediction-3-1"]
+    assert places["prediction-3-1"] < names["dog"] < places["query-2-ground-truth-1"] < places["prediction-2-1"]
+
+
+def test_queries_may_be_labelled_absent_or_not_at_all():
+    said = words(draw([*TWO, answer([], query="sings"), (1, 2)], {"dog": None, "sings": []}))
+    assert said.count("Ground truth") == 1 and "the event is not in the video" in said
+    assert "right" in said and "IoU" not in said and "(no query)" in said
+
+
+def test_labels_follow_their_predictions():
+    said = words(draw(TWO, labels=["one", "two", "three"]))
+    assert [word for word in said if word in ("one", "two", "three")] == ["one", "three", "two"]
+
+
+def test_a_mapping_of_one_query_is_the_same_as_its_list():
+    predictions = [answer([[1, 2]]), answer([[3, 4]])]
+    assert bars(draw(predictions, {"the door opens": [(1, 3)]})) == bars(draw(predictions, [(1, 3)]))
+
+
+def test_a_truth_of_a_query_that_nobody_answers_is_named():
+    for given, kind in (
+        ({"ground_truths": {"doog": [(1, 2)]}}, "ground_truths"),
+        ({"saliency": {"doog": [1]}}, "saliency"),
+    ):
+        with pytest.raises(UserError, match=f"{kind} holds the query 'doog'.*did you mean 'dog'"):
+            draw(TWO, **given)
+    with pytest.raises(UserError, match="holds the query 'door', which no prediction carries; they carry none"):
+        draw([(1, 2)], {"door": [(1, 2)]})
+
+
+def test_long_queries_stay_on_the_page():
+    figure = draw([answer([[1, 2]], query="W" * 300), answer([[1, 2]], query="the cat takes $5 and $6 " * 30)])
+    pixels(figure)
+    for text in axes_of(figure, "windows").texts:
+        assert 0 <= text.get_window_extent().x0 and text.get_window_extent().x1 <= figure.bbox.x1, text.get_text()
+
+
+# ---------------------------------------------------------------------------------------------- candidates
+
+
+def faces(figure):
+    """{id: opacity} of every bar."""
+    return {
+        patch.get_gid(): patch.get_facecolor()[3] for patch in axes_of(figure, "windows").patches if patch.get_gid()
+    }
+
+
+def test_opacity_follows_the_score_and_the_best_is_first():
+    candidates = [(20.0, 30.0, 0.2), (10.0, 15.0, 1.0), (0.0, 2.0, 0.6)]
+    forms = [candidates, answer([list(window[:2]) for window in candidates]) | {"scores": [0.2, 1.0, 0.6]}]
+    for form in forms:
+        figure = draw([form], [(10.0, 15.0)])
+        assert bars(figure)["prediction-1-1"] == (10, 15) and bars(figure)["prediction-1-3"] == (20, 30)
+        opacities = [faces(figure)[f"prediction-1-{number}"] for number in (1, 2, 3)]
+        assert opacities == pytest.approx([1.0, 0.7, 0.4]) and faces(figure)["ground-truth-1"] == 1
+        listed = [word for word in words(figure) if word in ("score", "1.00", "0.60", "0.20", "0.00")]
+        assert listed == ["1.00", "1.00", "0.60", "0.00", "0.20", "0.00", "score"]  # score, then IoU
+    assert bars(draw([(10.0, 15.0, 0.5)])) == {"prediction-1-1": (10, 15)}
+
+
+def test_scores_beyond_0_to_1_run_from_the_lowest_to_the_highest():
+    figure = draw([[(0, 1, -3.0), (1, 2, 5.0)], [(2, 3, 1.0)]])
+    assert faces(figure) == pytest.approx({"prediction-1-1": 1.0, "prediction-1-2": 0.25, "prediction-2-1": 0.625})
+
+
+def test_candidates_lie_on_the_lines_that_list_them():
+    figure = draw([[(index, index + 5, 1 - index / 10) for index in range(9)]])
+    axes = axes_of(figure, "windows")
+    middles = [patch.get_y() + patch.get_height() / 2 for patch in axes.patches if patch.get_gid()]
+    lines = [text.get_position()[1] for text in axes.texts if " – " in text.get_text() or "more" in text.get_text()]
+    assert len(lines) == 6 and "and 4 more" in words(figure)
+    assert middles[:6] == pytest.approx(lines) and middles[6:] == pytest.approx([lines[-1]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "message"),
+    [
+        ((1, 2, math.nan), r"predictions\[0\] has the score nan; a score must be a finite number"),
+        (answer([[1, 2]]) | {"scores": ["x"]}, "has the score 'x'"),
+        (
+            answer([[1, 2]]) | {"scores": [0.1, 0.2]},
+            r"predictions\[0\] has 1 windows and 2 scores; give one score for each",
+        ),
+        ({"segments": [[1, 2, 0.5]], "scores": [0.1]}, "again under 'scores'; give them once"),
+        (answer([[1, 2]]) | {"scores": 0.5}, r"\['scores'\] must be a list"),
+        ((1, 2, 3, 4), r"predictions\[0\] must hold \(start, end\) pairs in seconds, or \(start, end, score\), got 1"),
+    ],
+)
+def test_scores_are_checked(prediction, message):
+    with pytest.raises(UserError, match=message):
+        draw([prediction])
+
+
+# ---------------------------------------------------------------------------------------------- saliency
+
+
+def curves(figure):
+    """{id: (times, heights from 0 to 1)} of every stretch of a curve."""
+    lines = [line for line in axes_of(figure, "windows").lines if line.get_gid()]
+    low = max(float(np.max(line.get_ydata())) for line in lines)
+    high = min(float(np.min(line.get_ydata())) for line in lines)
+    return {
+        line.get_gid(): (line.get_xdata().tolist(), ((low - line.get_ydata()) / (low - high)).tolist())
+        for line in lines
+    }
+
+
+def test_values_of_clips_lie_in_the_middle_of_their_clips():
+    figure = draw([(1, 2)], saliency=[0.0, 0.5, 1.0, 0.25])
+    times, heights = curves(figure)["saliency-line-1"]
+    assert times == [0, 5, 15, 25, 35, 40] and heights == pytest.approx([0, 0, 0.5, 1, 0.25, 0.25])
+    assert "highest 1 at 25.0 s" in words(figure) and "Saliency" in words(figure)
+    [fill] = axes_of(figure, "windows").collections
+    assert fill.get_gid() == "saliency-1" and fill.get_facecolor()[0][:3] == pytest.approx(to_rgb(PURPLE))
+
+
+def test_missing_values_are_gaps():
+    shown = curves(draw([], saliency=[math.nan, 0.0, 1.0, None, 0.5, float("nan"), 0.5, 0.5]))
+    assert [times for times, _ in shown.values()] == [[5, 7.5, 12.5, 15], [20, 22.5, 25], [30, 32.5, 37.5, 40]]
+    assert shown["saliency-line-2"][1] == pytest.approx([0.5] * 3)
+    figure = draw([], saliency=[math.nan] * 3)
+    assert "no values" in words(figure) and not axes_of(figure, "windows").collections
+
+
+def test_values_at_given_times():
+    shown = curves(draw([], saliency=([2, 10, 12], np.array([-1.0, 1.0, 3.0]))))
+    assert shown["saliency-line-1"][0] == [2, 2, 10, 12, 12]
+    assert shown["saliency-line-1"][1] == pytest.approx([0, 0, 0.5, 1, 1])  # from the lowest, which is below 0
+
+
+def test_two_values_are_two_clips():
+    assert curves(draw([], saliency=(1.0, 2.0)))["saliency-line-1"][0] == [0, 10, 30, 40]
+
+
+def test_equal_values_draw_a_line():
+    assert "highest 0 at 5.0 s" in words(draw([], saliency=[0, 0, 0, 0]))
+
+
+def test_saliency_of_several_queries():
+    each = draw(TWO, saliency={"door": [0, 1], "dog": [1, 0]})
+    assert [name for name in curves(each) if "line" in name] == ["query-1-saliency-line-1", "query-2-saliency-line-1"]
+    assert list(curves(draw(TWO, saliency=[0, 1]))) == ["saliency-line-1"]
+
+
+@pytest.mark.parametrize(
+    ("saliency", "message"),
+    [
+        ([], "at least one number"),
+        ("high", "saliency must be a list of numbers"),
+        (0.5, "saliency must be a list of numbers, got 0.5"),
+        (["a"], "saliency must be a list of numbers"),
+        ([[1, 2], [3, 4], [5, 6]], "saliency must be a list of at least one number"),
+        ([0.1, math.inf], "infinite value; give NaN"),
+        (([0, 1], [0.5]), "needs one time for each value, got 2 and 1"),
+        (([0, 0], [0.5, 0.5]), "strictly increasing"),
+        (([0, math.nan], [0.5, 0.5]), "finite and strictly increasing"),
+    ],
+)
+def test_saliency_is_checked(saliency, message):
+    with pytest.raises(UserError, match=message):
+        draw([], saliency=saliency)
+
+
+# ---------------------------------------------------------------------------------------------- light and dark
+
+
+def test_dark_is_the_same_picture_in_other_colours():
+    light, dark = (draw(TWO, {"door": [(10, 15)]}, saliency=[0, 1], theme=theme) for theme in ("light", "dark"))
+    assert words(light) == words(dark) and bars(light) == bars(dark)
+    assert (pixels(light)[0, 0] == 255).all()
+    assert (pixels(dark)[0, 0] == np.round(np.array(to_rgb(DARK.paper)) * 255)).all()
+    colours = {patch.get_facecolor()[:3] for patch in axes_of(dark, "windows").patches if patch.get_gid()}
+    assert colours == {to_rgb(DARK.truth), to_rgb(DARK.prediction)}
+    assert {text.get_color() for axes in dark.axes for text in axes.texts} == {
+        DARK.ink, DARK.muted, DARK.truth, DARK.prediction, DARK.saliency,
+    }  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------- from files
 
 
@@ -295,17 +501,20 @@ def video(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
-def test_a_file_of_every_kind(video, tmp_path, suffix, start):
+def test_a_file_of_every_kind(video, tmp_path, suffix, start, theme):
     target = tmp_path / "new" / f"picture.{suffix}"
     written = visualize_temporal_grounding(
-        video_path=video, predictions=[(1.0, 2.0)], ground_truths=[(1.0, 3.0)], output_path=str(target), query="opens"
-    )
+        video_path=video, predictions=[(1.0, 2.0)], ground_truths=[(1.0, 3.0)], output_path=str(target), query="opens",
+        theme=theme,
+    )  # fmt: skip
     assert written == target and target.read_bytes().startswith(start)
     assert [file.name for file in target.parent.iterdir()] == [target.name]
     if suffix == "svg":
         text = target.read_text()
         assert 'id="prediction-1-1"' in text and 'id="ground-truth-1"' in text
+        assert (DARK.paper in text) == (theme == "dark") and (DARK.ink in text) == (theme == "dark")
 
 
 @pytest.mark.parametrize("num_frames", [None, 1, 5])
@@ -352,6 +561,8 @@ def no_decoding(monkeypatch):
         ({"predictions": [(0, 1)] * 101}, "at most 100 predictions, got 101"),
         ({"labels": ["one", "two"]}, "1 expected, got 2"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"theme": "blue"}, "theme must be one of light, dark, got 'blue'"),
+        ({"saliency": []}, "saliency must be a list of at least one number"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_decoded(change, message, monkeypatch, tmp_path):
