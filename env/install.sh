@@ -141,6 +141,9 @@ make_environment() {
         run conda create --yes --quiet --name "$CONDA_NAME" python=3.11 pip >&2
         locate_environment
     else # there is none, or it was interrupted before it had a pip, or it was moved here and its commands are broken
+        [[ ! -L "$prefix" ]] ||
+            fail "$prefix is a link to $(readlink "$prefix"), which belongs to another checkout and would be emptied; remove" \
+                "the link, or set VTG_PYTHON to the Python in it"
         local base
         base="$(find_python)"
         run "$base" -m venv --clear "$prefix"

@@ -241,6 +241,17 @@ def test_moved_checkout_gets_a_new_environment(machine: Machine) -> None:
     assert f"root: {machine.root}\n" in (machine.root / ".venv" / "vtg_installed").read_text()
 
 
+def test_the_environment_of_another_checkout_is_left_alone(machine: Machine, tmp_path: Path) -> None:
+    machine.install()
+    environment = machine.root / ".venv"
+    before = sorted(path.name for path in environment.iterdir())
+    machine.root = Path(shutil.copytree(machine.root, tmp_path / "second", ignore=shutil.ignore_patterns(".venv")))
+    (machine.root / ".venv").symlink_to(environment)
+    result = machine.install()
+    assert result.returncode == 2 and "belongs to another checkout" in result.stderr
+    assert sorted(path.name for path in environment.iterdir()) == before
+
+
 def test_torch_that_cannot_use_the_gpu_is_refused(machine: Machine) -> None:
     result = machine.install(BROKEN_TORCH="a GPU is there and torch cannot use it")
     assert result.returncode == 2 and "torch cannot use it" in result.stderr
