@@ -24,6 +24,7 @@ from trainers.parts import LearningRates
 from trainers.rl_trainer import VideoGRPOTrainer
 from trainers.rollout_batches import regroup
 from trainers.rollout_log import ROLLOUTS_FILE, flat_cause, read_records
+from trainers.suffix_attention import SuffixRows
 from utils.checkpoints import manifest_problems
 from utils.common import UserError
 from utils.config import LoraConfig, RLConfig
@@ -329,13 +330,12 @@ def test_a_leak_between_completions_stops_the_run(
     rl_config_with: ConfigWith, rl_trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A patched attention that lets completions see each other must not train in silence."""
-    plain = trainers.shared_prefix._suffix_mask
+    honest = trainers.shared_prefix.suffix_attention
 
-    def leaky(*args: Any) -> Tensor | None:
-        mask = plain(*args)
-        return None if mask is None else torch.ones_like(mask)
+    def leaky(query: Tensor, key: Tensor, value: Tensor, rows: SuffixRows, *more: Any) -> Tensor:
+        return honest(query, key, value, SuffixRows.of([sum(rows.lengths)], query.device), *more)
 
-    monkeypatch.setattr(trainers.shared_prefix, "_suffix_mask", leaky)
+    monkeypatch.setattr(trainers.shared_prefix, "suffix_attention", leaky)
     with pytest.raises(UserError, match=r"training.share_prefix: the shared and the row-by-row path differ by"):
         rl_trainer_for(rl_config_with()).train()
 
