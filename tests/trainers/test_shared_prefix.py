@@ -221,7 +221,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def flash_attn_func(
-        q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0, softmax_scale: float = 1, causal: bool = False
     ) -> Tensor:
         seen.append(q)
         parts = (part.transpose(1, 2) for part in (q, k, v))

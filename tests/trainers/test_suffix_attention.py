@@ -158,7 +158,7 @@ def test_other_types_and_dropout_take_the_mask() -> None:
 
 
 def test_the_cuda_kernels_are_called_as_they_are_declared() -> None:
-    """Without a GPU: torch checks names, arguments and shapes on tensors that hold no numbers. Values: the test below."""
+    """Without a GPU: torch checks names, arguments and shapes on tensors that hold no numbers."""
     with FakeTensorMode():
         query, key, value = (
             torch.empty(1, heads, length, 64, dtype=torch.bfloat16, device="cuda")
