@@ -46,6 +46,9 @@ def merge_reason(adapter: Path, lora: LoraConfig, rates: LearningRates) -> str |
     wanted = set(lora.target_modules) - set(lora.modules_to_save)
     if wanted != targets:
         return f"lora.target_modules asks for {sorted(wanted)}, and the adapter has {sorted(targets)}"
+    tied = {"embed_tokens", "lm_head"}
+    if stored.get("ensure_weight_tying") and saved & tied:
+        saved |= tied  # one matrix: PEFT notes one of its two names
     if lacking := _wanted_in_full(lora, rates) - saved:
         return f"{sorted(lacking)} should train in full, and the adapter has no copy of it"
     return None
