@@ -136,7 +136,7 @@ def test_a_backward_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyP
     assert not can_merge(CPU, torch.float32, 8)
 
 
-def test_trying_draws_no_random_number_and_works_anywhere() -> None:
+def test_the_trial_leaves_the_random_state_and_works_anywhere() -> None:
     """In a pass without gradients, in inference mode, under autocast."""
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -145,6 +145,12 @@ def test_trying_draws_no_random_number_and_works_anywhere() -> None:
     with torch.no_grad():
         assert can_merge(CPU, torch.float32, 32)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dim", [8, 64, 128])  # 128: the real models
+@pytest.mark.parametrize("dtype", module.TOLERANCE)
+def test_the_trial_leaves_room_for_rounding(dtype: torch.dtype, dim: int) -> None:
+    assert module._merge_error(CPU, dtype, dim) < module.TOLERANCE[dtype] / 2
 
 
 def test_other_types_and_dropout_take_the_mask() -> None:
