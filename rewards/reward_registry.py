@@ -60,11 +60,11 @@ def register_reward(name: str) -> Callable[[type], type[Reward]]:
 
     Raises UserError for a built-in's name, a name that is no identifier, and another kind of class.
 
-    >>> @register_reward("start_error")
-    ... class StartError(nn.Module):
+    >>> @register_reward("my_reward")
+    ... class MyReward(nn.Module):
     ...     def forward(self, pred, gt):
     ...         return 1 / (1 + (pred[:, 0] - gt[:, 0]).abs())
-    >>> StartError().compute_from_text(["From 5.0 to 9.0 seconds.", "no idea"], [(4, 8), (4, 8)])
+    >>> MyReward().compute_from_text(["From 5.0 to 9.0 seconds.", "no idea"], [(4, 8), (4, 8)])
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):

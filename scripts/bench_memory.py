@@ -212,8 +212,7 @@ class Work:
             scored = rows * len(self.batch["logits_to_keep"])
         else:
             suffix = cell.generations * (cell.new_tokens - 1)
-            mask = cell.batch * suffix * (self.length + suffix)
-            sequence = activations.Sequence(cell.batch * (self.length + suffix), "packed", mask)
+            sequence = activations.Sequence(cell.batch * (self.length + suffix), "packed")
             scored = cell.batch * cell.generations * cell.new_tokens
         return Job(
             shape=shape,

@@ -6,12 +6,13 @@ From one SFT checkpoint: (GRPO) reinforcement learning with the IoU as reward; (
 time on the same rows, at several learning rates of which the validation split chooses; (ii) no training: the SFT model
 sampled at the temperature at which its entropy is that of the GRPO model, since sharpening alone raises the reward of
 sampled answers. All are scored on one held-out split, paired by query. Every stage is skipped when its result is there
-already, so the same command goes on after Ctrl-C. Hours on two cores.
+already, so the same command goes on after Ctrl-C; other settings want another folder. Hours on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ attach()
 settle_accelerator()
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -73,6 +75,7 @@ def main() -> None:
     """Train what is missing, score, print the table."""
     args = parse_args()
     setup_logging()
+    keep_settings(args)
     data = make_demo_data(
         args.output_dir / "data", num_train=args.num_train, num_val=200, num_test=args.num_test, level=args.level,
         progress=True,
@@ -94,7 +97,26 @@ def main() -> None:
     }
     matched = match_temperature(args, places, sft, results["GRPO"]["entropy"])
     results["SFT at GRPO's entropy"] = score(args, places, sft, "test", temperature=matched)
-    report(args.output_dir, results, matched, {"chosen": str(chosen), "seconds": seconds_of(args, "grpo")})
+    spent = {"seconds": seconds_of(args, "grpo"), "seconds_continued": seconds_of(args, chosen.parent.name)}
+    report(args.output_dir, results, matched, {"chosen": str(chosen), **spent})
+
+
+def keep_settings(args: argparse.Namespace) -> None:
+    """Note what the folder's results are made with. Raises UserError when they were made with something else: stages
+    that are skipped would pass as the new settings' own. Further rates of the control may join."""
+    left_out = ("output_dir", "control_rates")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in left_out}
+    for name in ("sft_config", "rl_config", "data_config"):
+        settings[name] += f"@{hashlib.sha256(getattr(args, name).read_bytes()).hexdigest()[:8]}"
+    path = args.output_dir / "settings.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    pairs = [(name, earlier.get(name), value) for name, value in settings.items()]
+    if changed := [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]:
+        raise UserError(
+            f"{args.output_dir} holds a study with other settings: {', '.join(changed)}. Give the same again to go on, "
+            "or another --output_dir"
+        )
+    write_json(path, settings)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -127,20 +149,18 @@ def control(args: argparse.Namespace, places: list[str], sft: Path, rate: float)
 
 
 def seconds_of(args: argparse.Namespace, name: str) -> float:
-    """Training time of a run, validation left out, from its records (samples over samples a second)."""
+    """Training time of a run, validation and saving left out: the median time of an update, times their number."""
     return seconds_per_step(args, name) * max(record["step"] for record in steps_of(args, name))
 
 
 def seconds_per_step(args: argparse.Namespace, name: str) -> float:
-    """Median seconds of an update, from the records' speed."""
-    records = steps_of(args, name)[1:]
-    key = "train/step_time" if "train/step_time" in records[0] else None
-    if key is None:
-        batch = load_config(SFTConfig, [args.sft_config, args.data_config]).training.per_device_train_batch_size
-        values = [batch / record["train/samples_per_second"] for record in records]
-    else:
-        values = [record[key] for record in records]
-    return sorted(values)[len(values) // 2]
+    """Median seconds of an update, from the recorded speed and the samples of an update by the run's own record. The
+    first interval warms up and does not count."""
+    training = yaml.safe_load((args.output_dir / name / "config.yaml").read_text(encoding="utf-8"))["training"]
+    samples = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    records = steps_of(args, name)
+    values = sorted(samples / record["train/samples_per_second"] for record in records[1:] or records)
+    return values[len(values) // 2]
 
 
 def steps_of(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
@@ -252,7 +272,8 @@ def report(folder: Path, results: dict[str, dict[str, Any]], matched: float, abo
         rows[name] = row
     head = f"{f'{num_queries} held-out queries':<24}{'mIoU':>8}{'sampled':>10}{'entropy':>10}"
     print("\n".join(["", head + "   GRPO minus it: greedy, sampled (95 %)", *lines]))
-    print(f"SFT's temperature at GRPO's entropy: {matched:.3f}; SFT was continued as {about['chosen']}")
+    print(f"SFT's temperature at GRPO's entropy: {matched:.3f}; SFT was continued as {about['chosen']}, for "
+          f"{about['seconds_continued']:.0f} s against GRPO's {about['seconds']:.0f} s")  # fmt: skip
     write_json(
         folder / "study.json", {"num_queries": num_queries, "matched_temperature": matched, **about, "rows": rows}
     )

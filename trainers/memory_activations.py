@@ -29,7 +29,7 @@ class Sequence:
     """Of all rows, padding included."""
     attention: str = "plain"
     """plain (no mask is stored: causal SDPA, FlashAttention), masked (SDPA on padded rows), packed (a prompt with its
-    completions, `trainers.shared_prefix`) or eager (scores are stored)."""
+    completions, `trainers.suffix_attention`, which takes no mask either) or eager (scores are stored)."""
     mask: int = 0
     """Elements of the mask, or of the scores of one head."""
 
@@ -71,12 +71,9 @@ def _linear_inputs(text: TextShape, precision: Precision, trains: Trains, attent
 def _attention(text: TextShape, precision: Precision, sequence: Sequence) -> int:
     """Queries, keys, values, result and log-sum-exp; a mask makes a copy of keys and values for every query head."""
     saved = sequence.tokens * (precision.products * 2 * (text.queries + text.keys) + 4 * text.heads)
-    expanded = sequence.tokens * precision.products * 2 * text.queries
-    if sequence.attention == "packed":  # completions see expanded keys and values, the prompt plain ones
-        return saved + expanded + precision.products * sequence.mask
-    if sequence.attention == "plain":
+    if sequence.attention in ("plain", "packed"):
         return saved
-    saved += expanded - sequence.tokens * precision.products * 2 * text.keys
+    saved += sequence.tokens * precision.products * 2 * (text.queries - text.keys)
     if sequence.attention == "masked":
         return saved + precision.products * sequence.mask
     return saved + text.heads * sequence.mask * (4 + (precision.products if precision.products < 4 else 0))

@@ -149,8 +149,7 @@ def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains,
     size, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if isinstance(config, SFTConfig):
         if config.training.share_video:  # at worst, every row of a batch is on a clip of its own
-            mask = size * clip.answer * (clip.tokens + clip.answer)
-            packed = activations.Sequence(size * (clip.tokens + clip.answer), "packed", mask)
+            packed = activations.Sequence(size * (clip.tokens + clip.answer), "packed")
             return Update(packed, size, size * clip.answer, size, accumulates=passes > 1)
         sequence = _sequence(size, clip.tokens + clip.answer, padded)
         # Rows of other lengths have their answers in other columns, and every row computes the columns of all.
@@ -160,8 +159,7 @@ def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains,
     shared = config.training.share_prefix
     if shared:
         suffix = group * (new - 1)
-        mask = groups * suffix * (clip.tokens + suffix)
-        sequence = activations.Sequence(groups * (clip.tokens + suffix), "packed", mask)
+        sequence = activations.Sequence(groups * (clip.tokens + suffix), "packed")
     else:
         sequence = _sequence(size, clip.tokens + new, padded)
     return Update(

@@ -57,8 +57,9 @@ def merge_reason(adapter: Path, lora: LoraConfig, rates: LearningRates) -> str |
         return f"lora.target_modules asks for {sorted(wanted)}, and the adapter has {sorted(targets)}"
     if TOWER in saved:  # a replaced vision tower, whole
         saved |= {"merger", "patch_embed"}
-    if stored.get("ensure_weight_tying") and any(name.endswith("embed_tokens") for name in saved):
-        saved |= {"embed_tokens", "lm_head"}  # one tensor, of which PEFT writes down one name
+    tied = ("embed_tokens", "lm_head")
+    if stored.get("ensure_weight_tying") and any(name.endswith(tied) for name in saved):
+        saved |= {*tied}  # one matrix, of which PEFT notes one of its two names
     if lacking := _wanted_in_full(lora, rates) - saved:
         return f"{sorted(lacking)} should train in full, and the adapter has no copy of it"
     return None

@@ -25,6 +25,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, eager_a
 
 from trainers.generation import reset_rope
 from trainers.prefix_cache import CACHE, CachedPrefix, SharedPrefixCache
+from trainers.suffix_attention import SuffixRows, suffix_attention
 
 PREFIX = "shared_prefix_"
 """Name of the attention that understands `PrefixLayout`, before the name of the one it falls back to."""
@@ -114,10 +115,8 @@ def video_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
 class PrefixLayout:
     """Where prompts and completions lie in a packed sequence. Travels to the attention as a keyword argument."""
 
-    groups: tuple[tuple[int, int, tuple[int, ...]], ...]
-    """For each group: first position, length of the prompt, lengths of its completions as packed."""
-    masks: tuple[Tensor | None, ...]
-    """For each group (1, 1, S, P + S), bool: what its S completion tokens see. None when S is 0."""
+    groups: tuple[tuple[int, int, SuffixRows], ...]
+    """For each group: first position, length of the prompt, its completions as packed."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,13 @@ def pack(
     if num_scored is None:
         num_scored = [[len(answer) for answer in answers] for answers in completions]
     ids, positions, columns, targets, groups = [], [], [], [], []
-    start = 0
+    start, device = 0, prompts[0].input_ids.device
     for prompt, answers, scored in zip(prompts, completions, num_scored, strict=True):
         suffixes = [answer[:-1] for answer in answers]
         after = prompt.position_ids.max() + 1
         ids += [prompt.input_ids, *suffixes]
         positions += [prompt.position_ids, *(_text_positions(after, len(suffix)) for suffix in suffixes)]
-        groups.append((start, len(prompt), tuple(map(len, suffixes))))
+        groups.append((start, len(prompt), SuffixRows.of([len(suffix) for suffix in suffixes], device)))
         end = start + len(prompt)
         for answer, suffix, num in zip(answers, suffixes, scored, strict=True):
             before = torch.cat([torch.tensor([start + len(prompt) - 1]), torch.arange(end, end + len(suffix))])
@@ -176,11 +175,9 @@ def pack(
             targets.append(answer[len(answer) - num :])
             end += len(suffix)
         start = end
-    device = prompts[0].input_ids.device
-    layout = PrefixLayout(tuple(groups), tuple(_suffix_mask(group, device) for group in groups))
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, dim=1)[:, None]}
     return Packed(
-        inputs | video_inputs(prompts) | {"prefix_layout": layout},
+        inputs | video_inputs(prompts) | {"prefix_layout": PrefixLayout(tuple(groups))},
         torch.cat(columns).to(device),
         torch.cat(targets)[None],
         tuple(map(len, targets)),
@@ -211,15 +208,6 @@ def rows(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]], *, 
 def _text_positions(first: Tensor, length: int) -> Tensor:
     """(3, length): text after a video counts on alike on all three axes."""
     return (first + torch.arange(length, device=first.device)).expand(3, -1)
-
-
-def _suffix_mask(group: tuple[int, int, tuple[int, ...]], device: torch.device) -> Tensor | None:
-    _, prefix, lengths = group
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-    if not len(owner):
-        return None
-    own = (owner[:, None] == owner).tril()
-    return torch.cat([own.new_ones(len(owner), prefix), own], dim=1)[None, None]
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -270,11 +258,11 @@ class _PackedArguments:
 def _register(base: str) -> None:
     """Make the wrapped attention known to transformers, with the base's own way of building masks."""
     plain = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-    AttentionInterface.register(PREFIX + base, _prefix_attention(plain))
+    AttentionInterface.register(PREFIX + base, _prefix_attention(base, plain))
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
-def _prefix_attention(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _prefix_attention(base: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     causal = sdpa_attention_forward if plain is eager_attention_forward else plain  # eager wants a mask of P x P
 
     def attention(
@@ -289,24 +277,50 @@ def _prefix_attention(plain: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         """query (1, heads, L, dim), key and value (1, kv_heads, L, dim) -> (1, L, heads, dim).
 
-        The prompt attends to itself, causally, without a mask; all completions attend in one call to the prompt and,
-        by the mask of S x (P + S), each to its own past. Keys and values are views: nothing is copied G times.
+        The prompt attends to itself, causally; the completions to the prompt and each to its own past
+        (`trainers.suffix_attention`). Neither takes a mask. Keys and values are views: nothing is copied G times.
         """
-        if prefix_layout is None:
-            return plain(module, query, key, value, attention_mask, **kwargs)
         if isinstance(prefix_layout, CachedPrefix):
             return prefix_layout.attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
+        module = _known_as(base, module)
+        if prefix_layout is None:
+            return plain(module, query, key, value, attention_mask, **kwargs)
+        query, key, value = _as_autocast(query, key, value)
         parts = []
-        for (start, prefix, lengths), mask in zip(prefix_layout.groups, prefix_layout.masks, strict=True):
-            middle, end = start + prefix, start + prefix + sum(lengths)
+        for start, prefix, rows in prefix_layout.groups:
+            middle, end = start + prefix, start + prefix + sum(rows.lengths)
             own, rest, whole = slice(start, middle), slice(middle, end), slice(start, end)
             parts.append(causal(module, query[:, :, own], key[:, :, own], value[:, :, own], None, **kwargs)[0])
-            if mask is not None:
-                shared = key[:, :, whole], value[:, :, whole]
-                parts.append(sdpa_attention_forward(module, query[:, :, rest], *shared, mask, **kwargs)[0])
+            if end > middle:
+                given = query[:, :, rest], key[:, :, whole], value[:, :, whole], rows
+                parts.append(suffix_attention(*given, kwargs["scaling"], kwargs.get("dropout", 0.0)).transpose(1, 2))
         return torch.cat(parts, dim=1), None
 
     return attention
+
+
+def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """In the type that autocast would have attention compute in, once for all its parts."""
+    kind = tensors[0].device.type
+    return [part.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else part for part in tensors]
+
+
+def _known_as(base: str, module: Any) -> Any:
+    """`module` with the name of its own attention: FlashAttention's wrapper looks up there which library to load."""
+    if "flash" not in base:
+        return module
+    return _Changed(module, config=_Changed(module.config, _attn_implementation=base))
+
+
+class _Changed:
+    """Another object with some of its attributes replaced."""
+
+    def __init__(self, other: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+        self._other = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

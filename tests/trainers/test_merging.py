@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_full_copies_of_head_and_embeddings_go_on(untied: bool, tiny_model: Path
     assert reasons["embeddings"] == (
         "['lm_head'] should train in full, and the adapter has no copy of it" if untied else None
     )
+
+
+@pytest.mark.parametrize("noted", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_and_head_are_one(noted: str, tmp_path: Path) -> None:
+    """The shipped lists train both in full; PEFT notes one name where the model ties them. Apart, both are needed."""
+    lora = LoraConfig()
+    stored = {
+        "r": lora.r, "lora_alpha": lora.lora_alpha, "modules_to_save": [noted], "ensure_weight_tying": True,
+        "target_modules": sorted(set(lora.target_modules) - set(lora.modules_to_save)),
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    assert {"embed_tokens", "lm_head"} == set(lora.modules_to_save)
+    assert merge_reason(tmp_path, lora, RATES) is None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"ensure_weight_tying": False}))
+    assert "should train in full, and the adapter has no copy of it" in (merge_reason(tmp_path, lora, RATES) or "")
 
 
 def test_a_merge_is_made_once(start: ModelConfig, tmp_path: Path) -> None:

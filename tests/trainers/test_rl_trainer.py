@@ -24,6 +24,7 @@ from trainers.parts import LearningRates
 from trainers.rl_trainer import VideoGRPOTrainer
 from trainers.rollout_batches import regroup
 from trainers.rollout_log import ROLLOUTS_FILE, flat_cause, read_records
+from trainers.suffix_attention import SuffixRows
 from utils.checkpoints import manifest_problems
 from utils.common import UserError
 from utils.config import LoraConfig, RLConfig
@@ -174,6 +175,25 @@ def test_each_prompt_is_read_once(
     assert len(set(read)) == 4
 
 
+@pytest.mark.parametrize("rate", ["0.0", "1e-4"], ids=["mergers frozen", "mergers train"])
+def test_a_video_passes_the_vision_tower_once(
+    rate: str, rl_config_with: ConfigWith, rl_trainer_for: TrainerFor
+) -> None:
+    """2 prompts x 4 completions, sampled once and trained on twice, with a reference. Frozen, the features of sampling
+    serve the old policy, the reference and both updates; else each of these passes makes them anew, once a prompt."""
+    trainer = rl_trainer_for(rl_config_with(
+        "training.kl_coef=0.05", "training.num_iterations=2", "training.max_steps=2", "training.check_sharing=false",
+        "training.blindness_guard=false", f"training.mm_projector_lr={rate}",
+    ))  # fmt: skip
+    clips: list[int] = []
+    visual = trainers.shared_prefix.backbone_of(trainer.model).visual
+    visual.register_forward_pre_hook(
+        lambda _m, args, kwargs: clips.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
+    )
+    trainer.train()
+    assert sum(clips) == 2 if rate == "0.0" else 2 < sum(clips) <= 2 * 5
+
+
 # ---------------------------------------------------------------------------------------------- reference
 def test_kl_begins_at_zero_and_the_reference_is_the_sft_model(
     sft_adapter: Path, rl_config_with: ConfigWith, rl_trainer_for: TrainerFor
@@ -216,6 +236,29 @@ def test_the_saved_adapter_loads_in_plain_peft_on_the_base(
     with torch.no_grad():
         assert torch.allclose(plain(input_ids=ids).logits, trainer.model(input_ids=ids).logits, atol=1e-5)
     assert load_for_inference(str(folder)).contract is not None
+
+
+def test_the_readmes_lora_block_works_in_both_stages(
+    config_with: Callable[..., Any], trainer_for: Callable[..., Any], rl_config_with: ConfigWith,
+    rl_trainer_for: TrainerFor, answering_model: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """`lm_head` in both lists: SFT trains it in full, tied to the embeddings, and GRPO goes on with that adapter."""
+    block = (
+        "lora.enabled=true", "lora.r=64", "lora.lora_alpha=128", "lora.modules_to_save=[embed_tokens, lm_head]",
+        "lora.target_modules=[q_proj, k_proj, v_proj, o_proj, lm_head]",
+    )  # fmt: skip
+    sft = trainer_for(config_with(*block, f"model.name_or_path={answering_model}", "training.max_steps=1"))
+    sft.train()
+    folder = sft.save_named("checkpoint-final")
+    options = ("training.kl_coef=0.05", "training.head_lr=1e-3", "training.max_steps=3")
+    trainer = rl_trainer_for(rl_config_with(*block, f"model.name_or_path={folder}", *options))
+    assert not (tmp_path / "rl/merged_base").exists()
+    trainer.train()
+    kl = history(trainer, "kl")
+    assert kl[0] == 0.0 < kl[2]
+    base = trainer.model.get_base_model()
+    assert torch.equal(base.lm_head.weight, base.get_input_embeddings().weight)
+    assert load_for_inference(str(trainer.save_named("checkpoint-final"))).contract is not None
 
 
 def test_another_lora_shape_is_merged_first(
@@ -329,18 +372,33 @@ def test_what_is_said_of_flat_groups() -> None:
     assert "training.temperature" in flat_cause(torch.tensor([0.2, 0.2, 0.7, 0.7]), 1.0)
 
 
+def test_flat_groups_are_warned_of_when_they_last(
+    rl_config_with: ConfigWith, rl_trainer_for: TrainerFor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, after ten generation steps on end in which over 0.8 of the groups have no spread; one better step begins
+    the count anew."""
+    trainer = rl_trainer_for(rl_config_with())
+    flat, at_the_limit = torch.zeros(5 * 4), torch.zeros(5 * 4)
+    at_the_limit[0] = 1.0  # one group of five has spread: a share of 0.8, not above it
+    said = []
+    for totals in [flat] * 9 + [at_the_limit] + [flat] * 12:
+        capsys.readouterr()
+        trainer._warn_when_flat(totals)
+        said.append("over 80 % of the groups earned the same" in capsys.readouterr().err)
+    assert [step for step, warned in enumerate(said) if warned] == [19]
+
+
 # ---------------------------------------------------------------------------------------------- guards
 def test_a_leak_between_completions_stops_the_run(
     rl_config_with: ConfigWith, rl_trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A patched attention that lets completions see each other must not train in silence."""
-    plain = trainers.shared_prefix._suffix_mask
+    honest = trainers.shared_prefix.suffix_attention
 
-    def leaky(*args: Any) -> Tensor | None:
-        mask = plain(*args)
-        return None if mask is None else torch.ones_like(mask)
+    def leaky(query: Tensor, key: Tensor, value: Tensor, rows: SuffixRows, *more: Any) -> Tensor:
+        return honest(query, key, value, SuffixRows.of([sum(rows.lengths)], query.device), *more)
 
-    monkeypatch.setattr(trainers.shared_prefix, "_suffix_mask", leaky)
+    monkeypatch.setattr(trainers.shared_prefix, "suffix_attention", leaky)
     with pytest.raises(UserError, match=r"training.share_prefix: the shared and the row-by-row path differ by"):
         rl_trainer_for(rl_config_with()).train()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -209,6 +211,51 @@ def test_both_plain_attentions_are_understood(tiny_model: Path, samples: list[An
     enable_shared_prefix(model)
     values = log_probs(model, pack([make_prompt(model, samples[0])], completions))
     assert largest_difference(values, expected) < 1e-5
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """A stand-in for the package flash-attn, which needs a GPU; gives the queries that reach it."""
+    import transformers.modeling_flash_attention_utils as utils
+
+    seen: list[Tensor] = []
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0, softmax_scale: float = 1, causal: bool = False
+    ) -> Tensor:
+        seen.append(q)
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *parts, is_causal=causal, scale=softmax_scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    vars(package).update(
+        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_func
+    )
+    vars(padding).update(pad_input=None, unpad_input=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    return seen
+
+
+def test_flash_attention_is_found_under_the_wrapped_name(
+    tiny_model: Path, samples: list[Any], flash_attn: list[Tensor]
+) -> None:
+    """transformers looks up by the configured name which library to load, and knows nothing of ours."""
+    completions, stock, model = answers([[5, 3], [4, 1]]), load(tiny_model), load(tiny_model)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    enable_shared_prefix(model)
+    values = log_probs(model, pack([make_prompt(model, sample) for sample in samples[:2]], completions))
+    assert largest_difference(values, reference(stock, samples[:2], completions)) < 1e-5
+    layers = model.config.text_config.num_hidden_layers
+    assert [len(query[0]) for query in flash_attn] == [len(s["input_ids"]) for s in samples[:2]] * layers
+    answer = answers([[8]])[0][0]
+    expected = stock_log_probs(stock, samples[0], answer)
+    assert torch.allclose(stock_log_probs(model, samples[0], answer), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep_vision", [True, False])

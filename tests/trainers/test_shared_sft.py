@@ -16,6 +16,8 @@ from datasets.collate_fns import VideoCollator
 from datasets.encoding import IGNORE
 from trainers.generation import model_inputs
 from trainers.sft_trainer import VideoSFTTrainer, answer_loss, packed_inputs
+from trainers.shared_prefix import PrefixLayout
+from trainers.suffix_attention import SuffixRows
 from utils.common import UserError
 from utils.config import SFTConfig
 from utils.rows import read_rows, write_rows
@@ -221,9 +223,10 @@ def test_sharing_that_is_not_exact_stops_the_run(
 
     def leaking(*args: Any) -> Any:
         packed = honest(*args)
-        layout = packed.inputs["prefix_layout"]
-        for mask in layout.masks:
-            mask.copy_(torch.ones_like(mask).tril(mask.shape[-1] - mask.shape[-2]))
+        groups = packed.inputs["prefix_layout"].groups
+        as_one = [SuffixRows.of([sum(rows.lengths)], rows.places.device) for _, _, rows in groups]
+        leaky = tuple((start, prefix, rows) for (start, prefix, _), rows in zip(groups, as_one, strict=True))
+        packed.inputs["prefix_layout"] = PrefixLayout(leaky)
         return packed
 
     monkeypatch.setattr(module, "pack", leaking)
