@@ -174,6 +174,10 @@ class Training:
             for record in read_metrics(self.metrics)
         }
 
+    def num_learning(self) -> int:
+        """Steps with a gradient. Without any, equal losses and weights would say nothing about the optimizer."""
+        return sum(record["train/grad_norm"] > 0 for record in self.trajectory().values())
+
     def rollouts(self) -> list[Any]:
         path = self.folder / ROLLOUTS_FILE
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -207,7 +211,7 @@ def send(process: subprocess.Popen[bytes], number: signal.Signals, *, others: bo
 
 def assert_same(cut: Training, whole: Training) -> None:
     """The run that was interrupted is the one that was not."""
-    assert cut.trajectory() == whole.trajectory()
+    assert cut.trajectory() == whole.trajectory() and whole.num_learning() > NUM_STEPS / 2
     assert cut.rollouts() == whole.rollouts()
     assert cut.validations() == whole.validations()
     for name in ("checkpoint-best", "checkpoint-final"):
