@@ -124,7 +124,8 @@ class RunKeeper(ResumableTrainer):
         self.add_callback(self.stop)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLines())
+        self.progress_lines = ProgressLines()
+        self.add_callback(self.progress_lines)
         if self.setup.run is not None:
             self.add_callback(MetricsCallback(self.setup.run.metrics_path, str(self.args.output_dir)))
         if self.patience is not None:
@@ -201,6 +202,8 @@ class RunKeeper(ResumableTrainer):
             ) from error
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0], more=self.memory_advice)) from error
+        finally:
+            self.progress_lines.close()
 
     def progress(self) -> dict[str, Any]:
         """With the rows that could not be used."""
