@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from inference.video_infer import VideoTemporalInference
@@ -113,23 +112,31 @@ def sft(tiny_model: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Path
     return launch
 
 
+def relative_difference(found: Path, wanted: Path, start: Path) -> float:
+    """How far apart two runs moved the weights in `start`: norm of the difference over that of the wanted movement.
+    After one step of plain gradient descent that is the relative error of the gradient."""
+    after, alone, before = (load_file(next(folder.glob("*model.safetensors"))) for folder in (found, wanted, start))
+    assert after.keys() == alone.keys() <= before.keys()
+    gap = sum(float((after[name] - alone[name]).double().square().sum()) for name in alone)
+    moved = sum(float((alone[name] - before[name]).double().square().sum()) for name in alone)
+    return (gap / moved) ** 0.5
+
+
 SHARE = ("training.share_video=true", "training.max_queries_per_video=2")
 
 
 @pytest.mark.parametrize("options", [(), SHARE], ids=["rows", "shared"])
 @pytest.mark.parametrize("deepspeed", ZERO, ids=["ddp", "zero2", "zero3"])
 def test_two_processes_train_as_one_does(
-    deepspeed: str | None, options: tuple[str, ...], sft: Callable[..., Path]
+    deepspeed: str | None, options: tuple[str, ...], sft: Callable[..., Path], tiny_model: Path
 ) -> None:
-    """The same rows an update on two processes and on one that accumulates: the same losses, norms and weights, row by
-    row and with shared videos."""
+    """The same rows an update on two processes and on one that accumulates: the same losses, norms and weights to a
+    relative 1e-4, row by row and with shared videos."""
     two = sft("two", 2, *options, *(["--deepspeed", str(REPO_ROOT / deepspeed)] if deepspeed else []))
     one = sft("one", 1, *options)
     for key in ("train/loss", "train/grad_norm"):
         assert len(values(one, key)) == 3 and values(two, key) == pytest.approx(values(one, key), rel=1e-4), key
-    after, alone = (load_file(folder / "checkpoint-final" / "model.safetensors") for folder in (two, one))
-    assert after.keys() == alone.keys()
-    assert all(torch.allclose(after[name], alone[name], atol=1e-5) for name in alone)
+    assert relative_difference(two / "checkpoint-final", one / "checkpoint-final", tiny_model) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------- GRPO
@@ -235,9 +242,6 @@ def test_two_processes_step_as_one_with_double_accumulation(
     assert any(completion["advantage"] > 0.1 for record in rollouts[0] for completion in record["completions"])
     assert values(two, "train/loss") == pytest.approx(values(one, "train/loss"), abs=1e-5)
     assert values(two, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-4)
-    start, after, alone = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (answering_adapter, two / "checkpoint-final", one / "checkpoint-final")
-    )
-    assert max(float((after[name] - start[name]).abs().max()) for name in start) > 1e-2
-    assert all(torch.allclose(after[name], alone[name], atol=1e-5) for name in start)
+    start, alone = (load_file(f / "adapter_model.safetensors") for f in (answering_adapter, one / "checkpoint-final"))
+    assert max(float((alone[name] - start[name]).abs().max()) for name in start) > 1e-2
+    assert relative_difference(two / "checkpoint-final", one / "checkpoint-final", answering_adapter) < 1e-4

@@ -97,8 +97,13 @@ class ProgressLines(ProgressCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar, however training ended: what is said next has a line of its own."""
         if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+            self.training_bar.close()
+            self.training_bar = None
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line above the bar."""

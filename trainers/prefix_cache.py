@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from utils.common import UserError
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in {f.name for f in fields(CausalLMOutputWithPast)})
 """What models and `generate` call the cache, as keyword and in their outputs: `cache` from transformers 5.24 on."""
@@ -47,6 +51,19 @@ class SharedPrefixCache(Cache):
             layers.append(SharedPrefixLayer(layer.keys, layer.values))
         super().__init__(layers=layers)
         self.places = None if rows is None or len(set(rows)) == 1 else RowPlaces.of(rows, layers[0].prefix_keys.device)
+        self.is_attended = False
+        """Whether the attention knows of it (`CachedPrefix.of`)."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As every cache's. Raises UserError when the attention does not know of the prompt's part, as when a library
+        passes caches on under another name: the rows would not see the prompt, and nothing would say so."""
+        if not self.is_attended:
+            raise UserError(
+                f"transformers {version('transformers')} hands the shared prompt past the attention that knows it, so "
+                "answers would not see the video. Share nothing (training.share_prefix=false; in inference ask one "
+                "query at a time), or install the release that the checkpoint's prompt_contract.json names"
+            )
+        return super().update(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class CachedPrefix:
     @classmethod
     def of(cls, cache: SharedPrefixCache, attention_mask: Tensor | None) -> CachedPrefix:
         """`attention_mask` (R, P + C) as the model takes it: 0 where a row has padding."""
+        cache.is_attended = True
         padded = attention_mask is not None and not bool(attention_mask.all())
         return cls(cache, ~attention_mask.bool() if padded and attention_mask is not None else None)
 

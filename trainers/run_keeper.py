@@ -136,7 +136,8 @@ class RunKeeper(ResumableTrainer):
         self.add_callback(self.stop)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLines())
+        self.progress_lines = ProgressLines()
+        self.add_callback(self.progress_lines)
         if self.setup.run is not None:
             self.add_callback(MetricsCallback(self.setup.run.metrics_path, str(self.args.output_dir)))
         if self.patience is not None:
@@ -212,6 +213,8 @@ class RunKeeper(ResumableTrainer):
                 f"tensors, which were not read ({str(error).strip().splitlines()[0][:200]}). Resume a checkpoint that "
                 "this machine wrote (SECURITY.md)"
             ) from error
+        finally:
+            self.progress_lines.close()
 
     def progress(self) -> dict[str, Any]:
         """With the rows that could not be used."""

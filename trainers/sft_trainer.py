@@ -106,10 +106,9 @@ class VideoSFTTrainer(RunKeeper):
         if self._shared is not None:
             return self._video_sampler(self._shared)
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(
             len(dataset),
-            seed=seed,
+            seed=self._order_seed,
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
             lengths=dataset.lengths if self.args.train_sampling_strategy == "group_by_length" else None,
             batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
@@ -126,9 +125,13 @@ class VideoSFTTrainer(RunKeeper):
         return VideoSampler(
             list(clips.values()),
             max_queries=shared.max_queries,
-            seed=self.args.seed,
+            seed=self._order_seed,
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
         )
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def get_train_dataloader(self) -> Any:
         """As Trainer's, but each batch goes to the device when its forward pass comes.

@@ -4,6 +4,11 @@
 run_job() {
     local script=$1 hosts=() status=0 srun_pid
     shift
+    case " $* " in *" --help "* | *" -h "*) exec "$script" --help ;; esac
+    [ -n "${SLURM_JOB_ID-}" ] || {
+        echo "error: no SLURM job: sbatch this file (\"sbatch scripts/slurm/$(basename "$script" .sh).sbatch ...\"), or run $script" >&2
+        exit 2
+    }
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     [ ${#hosts[@]} -gt 0 ] || { echo "error: scontrol names no host for '$SLURM_JOB_NODELIST'" >&2; exit 2; }
     # Jobs that share node 0 meet on ports of their own, below those that the system gives away (from 32768).

@@ -481,6 +481,18 @@ def test_slurm_settings_of_the_example() -> None:
         assert commands[0] == "set -euo pipefail"  # after the last setting: SLURM reads none behind a command
 
 
+def test_a_batch_script_outside_slurm(machine: Machine) -> None:
+    """`--help` is that of the launcher; without a job it says what to do."""
+    command = ["bash", REPO_ROOT / "scripts/slurm/rl.sbatch"]
+    options = {"cwd": REPO_ROOT, "env": machine.environment, "capture_output": True, "text": True, "timeout": 60}
+    shown = subprocess.run([*command, "--help"], **options)
+    assert shown.returncode == 0 and "--num_gpus N" in shown.stdout and "sbatch scripts/slurm/rl.sbatch" in shown.stdout
+    assert machine.call() == [str(REPO_ROOT / "train_rl.py"), "--help"]
+    bare = subprocess.run(command, **options)
+    expected = 'error: no SLURM job: sbatch this file ("sbatch scripts/slurm/rl.sbatch ..."), or run scripts/rl.sh\n'
+    assert (bare.returncode, bare.stderr) == (2, expected)
+
+
 def test_slurm_outside_the_root(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("sft.sbatch", SLURM_SUBMIT_DIR=str(tmp_path))
     output = job.communicate(timeout=60)[0]

@@ -214,6 +214,20 @@ def test_a_process_that_got_no_signal_stops_with_the_others() -> None:
         assert others.agreed == (signal.SIGTERM if may_stop else 0)
 
 
+def test_an_error_stands_on_a_line_below_the_bar(
+    config_with: ConfigWith, trainer_for: TrainerFor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise UserError("the disk filled up")
+
+    trainer = trainer_for(config_with("training.disable_tqdm=false"))
+    trainer.add_callback(AtStep(2, fail))
+    with pytest.raises(UserError):
+        trainer.train()
+    said = capsys.readouterr().err
+    assert "training:  25%" in said and said.endswith("\n")
+
+
 # ---------------------------------------------------------------------------------------------- going on
 def test_resuming_a_finished_run_trains_no_step(
     config_with: ConfigWith, trainer_for: TrainerFor, tmp_path: Path, capsys: pytest.CaptureFixture[str]

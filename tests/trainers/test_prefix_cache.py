@@ -75,7 +75,7 @@ def test_the_prompt_is_kept_once_and_counts_in_the_length() -> None:
     """No copy of the prefill; new tokens come after prompt and own tokens; `update` gives the rows' own."""
     filled = prefill(2, 7)
     cache = SharedPrefixCache(filled)
-    assert cache.get_seq_length() == 7
+    assert cache.get_seq_length() == 7 and CachedPrefix.of(cache, None).padding is None
     assert cache.layers[0].prefix_keys.data_ptr() == filled.layers[0].keys.data_ptr()
     key, value = torch.randn(2, 6, KV_HEADS, 1, DIM)
     cache.update(key, value, layer_idx=0)

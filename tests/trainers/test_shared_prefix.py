@@ -30,6 +30,7 @@ from trainers.shared_prefix import (
     vision_is_frozen,
     with_vision,
 )
+from utils.common import UserError
 from utils.config import DataConfig, LoraConfig, PromptConfig
 
 RATES = LearningRates(1e-4, 1e-4, 0.0, 1e-4)
@@ -280,6 +281,16 @@ def test_greedy_tokens_equal_stock_generate(tiny_model: Path, samples: list[Any]
             assert row[: len(alone)].tolist() == alone.tolist()
     assert sample_rows(stock, [make_prompt(stock, s) for s in samples], 3, config, PAD).tolist() == shared.tolist()
     assert backbone_of(model).rope_deltas is None  # the next prompt's positions are its own
+
+
+def test_a_cache_that_the_attention_does_not_get_stops_the_sampling(tiny_model: Path, samples: list[Any]) -> None:
+    """As when a library renames the argument: completions without their prompt would look like bad answers."""
+    model = load(tiny_model)
+    enable_shared_prefix(model)
+    backbone_of(model)._forward_pre_hooks.clear()
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=PAD, eos_token_id=3)
+    with pytest.raises(UserError, match="answers would not see the video.*training.share_prefix=false"):
+        sample_shared(model, [make_prompt(model, samples[0])], 2, config, PAD)
 
 
 def test_samples_of_one_prompt_differ_and_follow_the_seed(tiny_model: Path, samples: list[Any]) -> None:

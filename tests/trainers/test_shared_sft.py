@@ -195,6 +195,18 @@ def test_resume_repeats_the_uninterrupted_run(config_with: ConfigWith, trainer_f
     assert losses_of(resumed)[-4:] == losses_of(whole)[-4:]
 
 
+@pytest.mark.parametrize("share", ["true", "false"])
+def test_data_seed_decides_the_order_of_rows(share: str, config_with: ConfigWith, trainer_for: TrainerFor) -> None:
+    """With shared videos as without."""
+    seeds = ("seed=1", "seed=2", "seed=2 data_seed=1")
+    orders = [
+        list(trainer_for(config_with(f"training.share_video={share}", *(f"training.{s}" for s in seed.split())))
+             ._get_train_sampler())
+        for seed in seeds
+    ]  # fmt: skip
+    assert orders[0] == orders[2] != orders[1]
+
+
 def test_a_batch_of_faults_only_has_zero_loss(config_with: ConfigWith, trainer_for: TrainerFor) -> None:
     """The step runs through the same modules, learns nothing and counts the rows."""
     trainer = trainer_for(config_with(SHARE, "data.max_bad_fraction=0.5"))
