@@ -19,6 +19,7 @@ import pytest
 import inference.evaluate
 from inference.eval_answers import answer
 from inference.eval_queries import load_queries, plan_rounds
+from inference.eval_report import summarise
 from inference.evaluate import main
 from inference.video_infer import VideoTemporalInference
 from tests.tiny import tiny_checkpoint
@@ -150,6 +151,31 @@ def test_what_is_asked_together(annotations: Path) -> None:
     assert plan_rounds(queries, 100) == [[["q0", "q2", "q3", "q5", "q7", "q1", "q4", "q6", "q8", "q9"]]]
     assert plan_rounds(queries, 3, done={"q0", "q2", "q3", "q4"}) == [[["q5", "q7"]], [["q1", "q6"]], [["q8", "q9"]]]
     assert plan_rounds(queries, 3, done=set(queries.chosen)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        ([None] * 60, None),  # the key is there, and never filled in
+        ([f"word {i}" for i in range(60)], None),  # too many groups
+        ([10**400 + i for i in range(60)], None),
+        ([i % 3 / 4 if i % 3 else float("nan") for i in range(60)], ["0.25", "0.5", "(none)"]),
+        ([i / 60 for i in range(60)], ["0-0.197", "0.197-0.393", "0.393-0.59", "0.59-0.787", "0.787-0.983"]),
+    ],
+)  # fmt: skip
+def test_a_breakdown_that_nobody_asked_for_costs_no_result(values: list[Any], groups: list[str] | None) -> None:
+    """Rows with a `difficulty` that no breakdown can be made of are scored all the same; asked for, it is refused."""
+    windows = {"gt": [[0, 5]], "pred": [[0, 5]], "duration": 60}
+    samples = [{"qid": i, **windows, "kwargs": {"difficulty": value}} for i, value in enumerate(values)]
+    found = summarise(samples, "default")
+    assert found["averages"]["mIoU"] == 100.0
+    if groups is None:
+        assert "kwargs.difficulty" not in found["breakdowns"]
+        with pytest.raises(UserError, match="--by difficulty"):
+            summarise(samples, "default", ["difficulty"])
+    else:
+        assert list(found["breakdowns"]["kwargs.difficulty"]) == groups
+        assert found["breakdowns"] == summarise(samples, "default", ["difficulty"])["breakdowns"]
 
 
 def test_a_protocol_rescores_what_is_stored(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
