@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inference.eval_answers import answer  # noqa: E402
-from inference.eval_queries import Queries, Round, check_videos, load_queries, plan_rounds, qids_in  # noqa: E402
+from inference.eval_queries import NUM_NAMED, Queries, Round, check_videos, load_queries, plan_rounds, qids_in  # noqa: E402
 from inference.eval_report import check_keys, render, summarise  # noqa: E402
 from inference.eval_store import (  # noqa: E402
     METRICS_FILE,
@@ -55,7 +55,7 @@ from trainers.model import resolve_source  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.metrics import METRICS, evaluate  # noqa: E402
-from utils.predictions import check_units, count_far_outside, read_predictions  # noqa: E402
+from utils.predictions import check_units, far_outside, read_predictions  # noqa: E402
 from utils.prompts import SAMPLING_KEYS, PromptContract  # noqa: E402
 from utils.protocols import PROTOCOLS, get_protocol  # noqa: E402
 from utils.rows import TRIM_READINGS  # noqa: E402
@@ -270,11 +270,16 @@ def finish(args: argparse.Namespace, plan: Plan) -> None:
     if len(unread) > plan.contract.data.max_bad_fraction * len(queries.chosen):  # of all processes together
         FaultCounter(len(queries.chosen), plan.contract.data.max_bad_fraction).add(unread)
     samples = queries.answered(answers) if args.model_path else queries.predicted(plan.predictions)
+    if far := far_outside(samples):
+        get_logger().warning(
+            "%d predicted windows end past ten times their video, so are they in seconds? They count as they are; "
+            "qids: %s", len(far), ", ".join(list(dict.fromkeys(far))[:NUM_NAMED]),
+        )  # fmt: skip
     found = summarise(samples, args.protocol, args.by)
     found["counts"] |= queries.counts | {
         "num_unreadable": len(unread),
         "num_unanswered": 0 if args.model_path else sum(qid not in plan.predictions for qid in queries.chosen),
-        "num_far_outside": count_far_outside(samples),
+        "num_far_outside": len(far),
     }
     found["protocols"] = {name: averages_of(samples, name) for name in PROTOCOLS}
     if args.output_dir is not None:

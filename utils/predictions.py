@@ -110,9 +110,10 @@ def check_units(samples: Iterable[Sample], where: str) -> None:
         )
 
 
-def count_far_outside(samples: Iterable[Sample]) -> int:
-    """Windows that end past ten times their video: other units among the seconds, or a model that is far off."""
-    return sum(_is_far(window, duration) for window, duration in _windows(samples))
+def far_outside(samples: Iterable[Sample]) -> list[Any]:
+    """The qid of every window that ends past ten times its video, once for each: other units among the seconds, or a
+    model that is far off."""
+    return [sample["qid"] for sample in samples for window, duration in _windows([sample]) if _is_far(window, duration)]
 
 
 def _windows(samples: Iterable[Sample]) -> Iterator[tuple[Span, float]]:

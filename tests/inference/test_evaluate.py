@@ -292,6 +292,19 @@ def test_other_units_are_refused(windows: Any, message: str, annotations: Path, 
     assert metrics(tmp_path / "eval")["averages"]["R1@0.7"] == 0.0
 
 
+def test_other_units_among_the_seconds_are_counted_by_name(annotations: Path, tmp_path: Path) -> None:
+    flags = scored(annotations, lambda s, e: [s, e], tmp_path / "p.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    for place in (3, 7):
+        records[place]["pred"] = [[1000 * s + 100, 1000 * e] for s, e in records[place]["pred"]]
+    write_predictions(tmp_path / "p.jsonl", records)
+    main([*flags, "--output_dir", str(tmp_path / "eval")])
+    assert metrics(tmp_path / "eval")["counts"]["num_far_outside"] == 2
+    assert metrics(tmp_path / "eval")["averages"]["R1@0.7"] == 75.0
+    assert "2 predicted windows end past ten times their video" in (tmp_path / "eval/log.txt").read_text()
+    assert "qids: q3, q7\n" in (tmp_path / "eval/log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
