@@ -441,7 +441,7 @@ def test_videos_deleted_between_runs_are_not_needed(
 def launched(tiny_model: Path, annotations: Path) -> Callable[..., list[str]]:
     """`launched(folder, processes)`: a command line that evaluates an untrained model on the CPU."""
     flags = ["--model_path", str(tiny_model), "--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")]
-    flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "0", "--device", "cpu"]
+    flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "1", "--device", "cpu"]
 
     def make(folder: Path, processes: int = 1) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
