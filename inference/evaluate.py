@@ -272,8 +272,8 @@ def finish(args: argparse.Namespace, plan: Plan) -> None:
     samples = queries.answered(answers) if args.model_path else queries.predicted(plan.predictions)
     if far := far_outside(samples):
         get_logger().warning(
-            "%d predicted windows end past ten times their video, so are they in seconds? They count as they are; "
-            "qids: %s", len(far), ", ".join(list(dict.fromkeys(far))[:NUM_NAMED]),
+            "%d predicted windows begin after the end of their video or end past ten times it: are they in seconds? "
+            "They count as they are; qids: %s", len(far), ", ".join(list(dict.fromkeys(far))[:NUM_NAMED]),
         )  # fmt: skip
     found = summarise(samples, args.protocol, args.by)
     found["counts"] |= queries.counts | {
