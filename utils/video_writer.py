@@ -14,6 +14,10 @@ from utils.common import UserError, atomic_open
 VARIABLE_RATE_TIME_BASE = Fraction(1, 90000)
 """Clock tick of files with explicit times: 90 kHz, the usual video clock; times are kept to 6 microseconds."""
 
+SMALL_PIXELS = 256 * 256
+"""Pictures up to here are encoded by x264's plain code, which writes the same bytes on every machine and at any load;
+its AVX-512 code does not (seen on a busy AMD EPYC), and at this size gains nothing."""
+
 
 def write_mp4(
     path: str | os.PathLike[str],
@@ -24,7 +28,8 @@ def write_mp4(
     crf: int = 12,
     gop_size: int | None = None,
 ) -> None:
-    """Write RGB frames as H.264 (yuv420p) in an mp4, atomically; the same input gives the same bytes.
+    """Write RGB frames as H.264 (yuv420p) in an mp4, atomically; the same input gives the same bytes up to
+    `SMALL_PIXELS` a picture.
 
     The last frame is shown for as long as the one before it.
 
@@ -86,6 +91,8 @@ def _encode(
         stream.codec_context.time_base = time_base
         stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
         stream.options = {"crf": str(crf), "preset": "veryfast"}
+        if size[0] * size[1] <= SMALL_PIXELS:
+            stream.options |= {"x264-params": "asm=0"}
         if keeps_order:
             stream.codec_context.max_b_frames = 0  # reordered frames keep their times, but not how long the last shows
         if gop_size is not None:
