@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nbclient
 import nbformat
 import pytest
 
 from inference.video_infer import VideoTemporalInference
+from scripts.run_notebook import executed
 from utils.common import REPO_ROOT
 from utils.metrics import METRICS, evaluate
 from utils.video import probe_video
@@ -44,13 +44,7 @@ def execute(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
     monkeypatch.setenv("JUPYTER_PATH", str(checkout))
     monkeypatch.delenv("PYTHONPATH", raising=False)
 
-    def run() -> nbformat.NotebookNode:
-        notebook = nbformat.read(checkout / "docs" / NOTEBOOK.name, 4)
-        place = {"metadata": {"path": str(checkout / "docs")}}
-        nbclient.NotebookClient(notebook, kernel_name="vtg", resources=place, timeout=300).execute()
-        return notebook
-
-    return run
+    return lambda: executed(checkout / "docs" / NOTEBOOK.name, kernel="vtg")
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -119,7 +113,7 @@ def test_where_it_has_not(checkout: Path, execute: Execute) -> None:
 
 
 def test_what_is_in_git() -> None:
-    """It has been run from top to bottom, is small, and says nothing of the machine it ran on."""
+    """It has been run from top to bottom (by scripts/run_notebook.py), is small, and says nothing of that machine."""
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
