@@ -17,14 +17,14 @@ from torch.utils.data import Dataset, Sampler
 
 from datasets.collate_fns import Batch
 from datasets.encoding import IGNORE, PromptError, Sample, append_answer, require_plain_text
-from datasets.shared_prompt import encode_shared, split_prompt
+from datasets.shared_prompt import encode_alike, encode_shared, split_prompt
 from datasets.video_dataset import VideoTemporalDataset
-from utils.rows import clip_bounds, resolve_video
+from utils.rows import clip_bounds, look_up_video
 from utils.video import VideoReadError
 
 Unit = dict[str, Any]
-"""Queries on one clip: `prefix` (a sample that ends with the video), `tails` and `answers` (token ids of each query,
-after the video and of its answer), `indices` (row numbers); or `indices` and a `fault`."""
+"""Queries on one clip: `prefix` (a sample that ends with the video), `tails` and for training `answers` (token ids of
+each query, after the video and of its answer), `indices` (row numbers); or `indices` and a `fault`."""
 
 
 class SharedVideoDataset(Dataset[Sample]):
@@ -56,8 +56,8 @@ class SharedVideoDataset(Dataset[Sample]):
         except PromptError:
             return index
         before, _ = split_prompt(self.queries.processor, self.queries.question(row))
-        path = resolve_video(row, self.queries.data.videos_root)
-        return str(path), clip_bounds(row, self.queries.data.trim), before
+        path, fault = look_up_video(row, self.queries.data.videos_root)
+        return index if fault else (str(path), clip_bounds(row, self.queries.data.trim), before)
 
     def unit(self, indices: Sequence[int]) -> Unit:
         """Rows of one clip, encoded; a fault when the clip cannot be read."""
@@ -83,6 +83,39 @@ class SharedVideoDataset(Dataset[Sample]):
         learnt = [append_answer(processor, nothing, self.queries.answer(row))["input_ids"] for row in rows]
         assert processor.tokenizer.eos_token_id == int(learnt[0][-1])
         return {"indices": indices, "prefix": shared.prefix, "tails": shared.tails, "answers": learnt}
+
+
+class SharedQuestionDataset(SharedVideoDataset):
+    """The same for answering: units have no `answers`, and a question sees the frames that it sees alone.
+
+    Where a prompt is overlong, questions on one clip may therefore come in more than one unit. A question that cannot
+    be asked is a fault of its own.
+    """
+
+    def __init__(self, queries: VideoTemporalDataset) -> None:
+        super().__init__(queries, max_queries=len(queries))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Unit]:
+        clips = share_clips(indices, self.clip_key, self.max_queries)
+        return [unit for rows in clips for unit in self.units(rows)]
+
+    def units(self, indices: Sequence[int]) -> list[Unit]:
+        """Rows of one clip, encoded; a fault for those that cannot be read or asked."""
+        rows, data = [self.queries.rows[index] for index in indices], self.queries.data
+        names = [f"{row.file}:{row.line}" for row in rows]
+        try:
+            found, faults = encode_alike(
+                self.queries.processor, [self.queries.question(row) for row in rows], self.queries.clip(rows[0]),
+                max_tokens=data.max_prompt_tokens, on_overlong=data.on_overlong, name=f"{names[0]} ({rows[0].video})",
+                remedy="this checkpoint's tokenizer is not Qwen3-VL's; use the one it was made with",
+            )  # fmt: skip
+        except (VideoReadError, PromptError) as error:
+            return [{"indices": [i], "fault": f"{name}: {error}"} for i, name in zip(indices, names, strict=True)]
+        refused = [{"indices": [indices[i]], "fault": f"{names[i]}: {error}"} for i, error in faults.items()]
+        return refused + [
+            {"indices": [indices[i] for i in places], "prefix": shared.prefix, "tails": shared.tails}
+            for places, shared in found
+        ]
 
 
 def share_clips(indices: Sequence[int], key: Callable[[int], Any], most: int) -> list[list[int]]:

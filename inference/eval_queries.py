@@ -5,7 +5,7 @@ Loads no model. Rows are `utils.rows`, samples are `datasets.video_dataset`, ans
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,23 +127,52 @@ def qids_of(rows: Sequence[Row]) -> dict[str, int]:
     return found
 
 
-def plan_batches(queries: Queries, size: int, done: Collection[str] = ()) -> list[list[str]]:
-    """Qids in batches of up to `size`, the queries of a clip side by side, without those that are `done`.
+Round = list[list[str]]
+"""Qids whose clips are read together, in batches that are answered together."""
 
-    The batches are those of the whole file, whatever is done and however many processes share them: a batch is padded
-    to its longest prompt, and so the same answers come out.
+
+def plan_rounds(queries: Queries, size: int, done: Collection[str] = ()) -> list[Round]:
+    """What is asked together, without the qids that are `done`.
+
+    The queries of a clip are always in one round, so that it is read and prefilled once: several clips of no more than
+    `size` queries in all, as one batch, or a clip of more than `size` queries, in equal batches. The rounds are those
+    of the whole file, whatever is done and however many processes share them: a batch is padded to its longest prompt,
+    and so the same answers come out.
     """
-    trim = queries.dataset.data.trim
+    rounds = [_batches(found, size) for found in _packed(_clips(queries), size)]
+    left = [[[qid for qid in batch if qid not in done] for batch in batches] for batches in rounds]
+    return [kept for batches in left if (kept := [batch for batch in batches if batch])]
+
+
+def qids_in(rounds: Iterable[Round]) -> list[str]:
+    """All qids of `rounds`, in their order."""
+    return [qid for batches in rounds for batch in batches for qid in batch]
+
+
+def _clips(queries: Queries) -> list[list[str]]:
+    """The chosen qids of each clip, in order of first appearance."""
+    rows, trim = queries.dataset.rows, queries.dataset.data.trim
+    places = {queries.places[qid]: qid for qid in queries.chosen}
     clips = share_clips(
-        [queries.places[qid] for qid in queries.chosen],
-        lambda place: (queries.dataset.rows[place].video, clip_bounds(queries.dataset.rows[place], trim)),
-        len(queries.chosen),
+        list(places), lambda place: (rows[place].video, clip_bounds(rows[place], trim)), most=max(1, len(places))
     )
-    names = {place: qid for qid, place in queries.places.items()}
-    ordered = [names[place] for clip in clips for place in clip]
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    left = [[qid for qid in batch if qid not in done] for batch in batches]
-    return [batch for batch in left if batch]
+    return [[places[place] for place in clip] for clip in clips]
+
+
+def _packed(clips: Sequence[Sequence[str]], size: int) -> list[list[str]]:
+    """Neighbours put together as long as they are no more than `size`."""
+    found: list[list[str]] = []
+    for clip in clips:
+        if found and len(found[-1]) + len(clip) <= size:
+            found[-1].extend(clip)
+        else:
+            found.append(list(clip))
+    return found
+
+
+def _batches(qids: Sequence[str], size: int) -> Round:
+    """Equal parts of at most `size`."""
+    return [part.tolist() for part in np.array_split(np.array(qids, dtype=object), -(-len(qids) // size))]
 
 
 def check_videos(queries: Queries, qids: Sequence[str]) -> None:

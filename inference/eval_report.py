@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.common import UserError, nearest
+from utils.logging_utils import get_logger
 from utils.metrics import METRICS, baseline_predictions, best_constant_predictions, evaluate, evaluate_intervals
 from utils.spans import Span
 from utils.windows import covered_s, merged
@@ -27,6 +28,8 @@ POSITION_EDGES = (0.2, 0.4, 0.6, 0.8)
 NUM_QUANTILES, MAX_GROUPS = 5, 50
 BIN_METRICS = ("mIoU", "R1@0.5")
 """Get an interval in every bin."""
+ALWAYS_BY = "difficulty"
+"""The key of kwargs that is broken down by wherever rows have it."""
 NONE = "(none)"
 """The group of rows without the key."""
 
@@ -35,7 +38,7 @@ def summarise(samples: Sequence[Sample], protocol: str, by: Sequence[str] = ()) 
     """Averages, 95 % intervals, counts, baselines and breakdowns of `samples`, in percent, ready for JSON.
 
     A sample also holds `kwargs`, its row's; `by` names keys of it to break down by, beside `difficulty`, which is
-    always shown where rows have it. Raises UserError for a key that no row has.
+    always shown where rows have it. Raises UserError for a key that no row has or that has too many values.
     """
     scores = evaluate(samples, protocol)
     return {
@@ -70,9 +73,12 @@ def breakdowns(samples: Sequence[Sample], protocol: str, by: Sequence[str]) -> d
         "window_length": lambda sample: _bin(_labelled_s(sample), LENGTH_EDGES_S, "s") if sample["gt"] else None,
         "position": lambda sample: _position(sample) if sample["gt"] else None,
     }
-    keys = [key for key in ("difficulty",) if any(key in sample["kwargs"] for sample in samples)]
-    for key in dict.fromkeys([*keys, *by]):
-        ways[f"kwargs.{key}"] = _grouping(samples, key)
+    ways |= {f"kwargs.{key}": _grouping(samples, key) for key in by}
+    if f"kwargs.{ALWAYS_BY}" not in ways and any(_value(sample, ALWAYS_BY) is not None for sample in samples):
+        try:
+            ways[f"kwargs.{ALWAYS_BY}"] = _grouping(samples, ALWAYS_BY)
+        except UserError as error:  # nobody asked for it, so it must not cost the result
+            get_logger().warning("not broken down by %s: %s", ALWAYS_BY, error)
     return {name: _divided(samples, group_of, protocol) for name, group_of in ways.items()}
 
 
@@ -130,7 +136,7 @@ def _position(sample: Sample) -> str:
 def _grouping(samples: Sequence[Sample], key: str) -> Callable[[Sample], str | None]:
     """How rows are told apart by `kwargs[key]`: by value, or many numbers by quantiles. Raises UserError for a key
     that no row has, and for one with more than `MAX_GROUPS` values that are no numbers."""
-    values = [sample["kwargs"].get(key) for sample in samples]
+    values = [_value(sample, key) for sample in samples]
     given = [value for value in values if value is not None]
     if not given:
         known = sorted({name for sample in samples for name in sample["kwargs"]})
@@ -140,10 +146,10 @@ def _grouping(samples: Sequence[Sample], key: str) -> Callable[[Sample], str | N
     words = {_word(value) for value in given}
     if len(words) > NUM_QUANTILES * 2 and all(_is_number(value) for value in given):
         edges = sorted({float(edge) for edge in np.quantile(given, np.arange(1, NUM_QUANTILES + 1) / NUM_QUANTILES)})
-        return lambda sample: _quantile(sample["kwargs"].get(key), min(given), edges)
+        return lambda sample: _quantile(_value(sample, key), min(given), edges)
     if len(words) > MAX_GROUPS:
         raise UserError(f"--by {key}: {len(words)} different values, more than {MAX_GROUPS}; choose a coarser key")
-    return lambda sample: _word(sample["kwargs"].get(key))
+    return lambda sample: _word(_value(sample, key))
 
 
 def _quantile(value: Any, least: float, edges: Sequence[float]) -> str:
@@ -154,8 +160,14 @@ def _quantile(value: Any, least: float, edges: Sequence[float]) -> str:
     return f"{low:.3g}-{high:.3g}"
 
 
+def _value(sample: Sample, key: str) -> Any:
+    """The sample's value; None for NaN and infinity, which belong to no bin."""
+    value = sample["kwargs"].get(key)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _word(value: Any) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.common import UserError, atomic_open, finite_or_null, write_json
 
@@ -42,6 +42,7 @@ class Answer:
 def claimed(folder: Path) -> Iterator[None]:
     """Make the folder, and keep a second evaluation out of it for as long as this one runs.
 
+    Processes forked meanwhile (those that read videos) do not hold it: they may outlive a kill by seconds.
     Raises UserError when it cannot be made, or another process has claimed it.
     """
     try:
@@ -58,7 +59,23 @@ def claimed(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:  # a file system without locks
             pass
-        yield
+        _locks.add(handle)
+        try:
+            yield
+        finally:
+            _locks.discard(handle)
+
+
+_locks: set[IO[str]] = set()
+"""Lock files of this process that are held."""
+
+
+def _close_locks() -> None:
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def begin(folder: Path, made_of: Mapping[str, Any]) -> None:

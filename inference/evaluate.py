@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +33,10 @@ attach()
 settle_accelerator()
 
 import torch  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from datasets.collate_fns import VideoCollator  # noqa: E402
-from inference.eval_queries import Queries, check_videos, load_queries, plan_batches  # noqa: E402
+from inference.eval_answers import answer  # noqa: E402
+from inference.eval_queries import NUM_NAMED, Queries, Round, check_videos, load_queries, plan_rounds, qids_in  # noqa: E402
 from inference.eval_report import check_keys, render, summarise  # noqa: E402
 from inference.eval_store import (  # noqa: E402
     METRICS_FILE,
@@ -51,13 +50,12 @@ from inference.eval_store import (  # noqa: E402
 from inference.processes import World, joined  # noqa: E402
 from inference.video_infer import DEFAULT_NEW_TOKENS, THINKING_NEW_TOKENS, VideoTemporalInference  # noqa: E402
 from trainers.callbacks import FaultCounter  # noqa: E402
-from trainers.generation import answer_rows  # noqa: E402
 from trainers.merging import weights_digest  # noqa: E402
 from trainers.model import resolve_source  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.metrics import METRICS, evaluate  # noqa: E402
-from utils.predictions import check_units, count_far_outside, read_predictions  # noqa: E402
+from utils.predictions import check_units, far_outside, read_predictions  # noqa: E402
 from utils.prompts import SAMPLING_KEYS, PromptContract  # noqa: E402
 from utils.protocols import PROTOCOLS, get_protocol  # noqa: E402
 from utils.rows import TRIM_READINGS  # noqa: E402
@@ -127,7 +125,7 @@ class Plan:
 
     contract: PromptContract
     queries: Queries
-    batches: list[list[str]]
+    rounds: list[Round]
     """Qids that have no answer yet."""
     predictions: dict[str, Any]
     """Of `--predictions`, by qid."""
@@ -147,10 +145,10 @@ def prepare(args: argparse.Namespace, world: World, stack: ExitStack) -> Plan:
         return Plan(contract, queries, [], predictions_of(args, queries))
     answers = read_answers(args.output_dir)
     done = {qid for qid, answer in answers.items() if answer.fault is None}
-    batches = plan_batches(queries, args.batch_size, done)
+    rounds = plan_rounds(queries, args.batch_size, done)
     if world.rank == 0:
-        check_videos(queries, [qid for batch in batches for qid in batch])
-    return Plan(contract, queries, batches, {})
+        check_videos(queries, qids_in(rounds))
+    return Plan(contract, queries, rounds, {})
 
 
 def contract_of(args: argparse.Namespace) -> PromptContract:
@@ -234,10 +232,10 @@ def answer_queries(args: argparse.Namespace, plan: Plan, world: World) -> None:
 
     Raises UserError once more videos cannot be read than `data.max_bad_fraction` allows.
     """
-    queries, batches = plan.queries, plan.batches[world.rank :: world.size]
-    num_left = sum(map(len, plan.batches))
+    queries, rounds = plan.queries, plan.rounds[world.rank :: world.size]
+    num_left = len(qids_in(plan.rounds))
     get_logger().info("%d of %d queries are answered", len(queries.chosen) - num_left, len(queries.chosen))
-    if not batches:
+    if not rounds:
         return
     engine = VideoTemporalInference(
         args.model_path,
@@ -249,32 +247,14 @@ def answer_queries(args: argparse.Namespace, plan: Plan, world: World) -> None:
     queries.dataset.processor = engine.processor
     log, qids = AnswerLog(args.output_dir, world.rank), {place: qid for qid, place in queries.places.items()}
     faults = FaultCounter(len(queries.chosen), plan.contract.data.max_bad_fraction)
-    places = [[queries.places[qid] for qid in batch] for batch in batches]
+    places = [[[queries.places[qid] for qid in batch] for batch in batches] for batches in rounds]
     tokens = new_tokens(args, plan.contract)
-    with tqdm(total=sum(map(len, batches)), desc="answering", unit="query", disable=world.rank > 0) as bar:
+    with tqdm(total=len(qids_in(rounds)), desc="answering", unit="query", disable=world.rank > 0) as bar:
         for texts, unread in answer(engine, queries.dataset, places, tokens, args.num_workers):
             reasons = dict(unread)
             log.add(Answer(qids[place], text, reasons.get(place)) for place, text in texts.items())
             faults.add(unread)
             bar.update(len(texts))
-
-
-def answer(
-    engine: VideoTemporalInference, dataset: Any, batches: list[list[int]], max_new_tokens: int, num_workers: int
-) -> Iterator[tuple[dict[int, str], list[tuple[int, str]]]]:
-    """Answer rows of `dataset`: for each batch of places yields the answer by place ("" where the video could not be
-    read) and the faults `[(place, reason), ...]`. All that an evaluation asks of a model goes through here."""
-    collator = VideoCollator(engine.processor.tokenizer.pad_token_id, dataset.blank(), side="left")
-    loader: Any = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers)
-    for batch in loader:
-        try:
-            found = answer_rows(engine.model, engine.processor, [batch], max_new_tokens=max_new_tokens)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU's memory is full ({str(error).splitlines()[0]}): run again with a smaller --batch_size; "
-                "what is answered is kept"
-            ) from error
-        yield found.texts, found.faults
 
 
 # ---------------------------------------------------------------------------------------------- scoring
@@ -290,11 +270,16 @@ def finish(args: argparse.Namespace, plan: Plan) -> None:
     if len(unread) > plan.contract.data.max_bad_fraction * len(queries.chosen):  # of all processes together
         FaultCounter(len(queries.chosen), plan.contract.data.max_bad_fraction).add(unread)
     samples = queries.answered(answers) if args.model_path else queries.predicted(plan.predictions)
+    if far := far_outside(samples):
+        get_logger().warning(
+            "%d predicted windows begin after the end of their video or end past ten times it: are they in seconds? "
+            "They count as they are; qids: %s", len(far), ", ".join(list(dict.fromkeys(far))[:NUM_NAMED]),
+        )  # fmt: skip
     found = summarise(samples, args.protocol, args.by)
     found["counts"] |= queries.counts | {
         "num_unreadable": len(unread),
         "num_unanswered": 0 if args.model_path else sum(qid not in plan.predictions for qid in queries.chosen),
-        "num_far_outside": count_far_outside(samples),
+        "num_far_outside": len(far),
     }
     found["protocols"] = {name: averages_of(samples, name) for name in PROTOCOLS}
     if args.output_dir is not None:

@@ -23,7 +23,7 @@ from utils.spans import Span, parse_spans
 WINDOW_KEYS = ("pred", "pred_relevant_windows")
 FAR_PAST = 10.0
 """A window that ends past this many times the duration cannot be meant in seconds."""
-NEARLY_ALL = 0.9
+NEARLY_ALL, HALF = 0.9, 0.5
 SHORTEST_S = 5.0
 """Windows in [0, 1] on videos longer than this are fractions, not seconds."""
 NUM_NAMED = 5
@@ -92,16 +92,22 @@ def _unknown(path: Path, unknown: Sequence[str], known: Mapping[str, float]) -> 
 
 def check_units(samples: Iterable[Sample], where: str) -> None:
     """Raise UserError when the predicted times are plainly not in seconds; `where` says whose they are."""
-    ends, far, shares = 0, 0, 0
-    for window, duration in _windows(samples):
-        ends += 1
-        far += _is_far(window, duration)
-        shares += 0 <= window.start <= window.end <= 1 and duration > SHORTEST_S
+    found = list(_windows(samples))
+    ends = len(found)
+    far = sum(_is_far(window, duration) for window, duration in found)
+    after = sum(_is_after(window, duration) for window, duration in found)
+    shares = sum(0 <= window.start <= window.end <= 1 and duration > SHORTEST_S for window, duration in found)
     remedy = "Write them in seconds, or pass --trust_units if they are"
     if ends and far >= NEARLY_ALL * ends:
         raise UserError(
             f"{where}: {far} of {ends} windows end past {FAR_PAST:g} times their video: these look like milliseconds "
             f"or frame numbers, not seconds. {remedy}"
+        )
+    if ends and after >= HALF * ends:
+        raise UserError(
+            f"{where}: {after} of {ends} windows begin after the end of their video: these look like frame numbers or "
+            "per cent, or count from the start of the file in place of video_start; they must be seconds on the clip's "
+            f"clock. {remedy}"
         )
     if ends and shares == ends:
         raise UserError(
@@ -110,9 +116,15 @@ def check_units(samples: Iterable[Sample], where: str) -> None:
         )
 
 
-def count_far_outside(samples: Iterable[Sample]) -> int:
-    """Windows that end past ten times their video: other units among the seconds, or a model that is far off."""
-    return sum(_is_far(window, duration) for window, duration in _windows(samples))
+def far_outside(samples: Iterable[Sample]) -> list[Any]:
+    """The qid of every window that begins after the end of its video or ends past ten times it: other units among the
+    seconds, or a model that is far off."""
+    return [
+        sample["qid"]
+        for sample in samples
+        for window, duration in _windows([sample])
+        if _is_far(window, duration) or _is_after(window, duration)
+    ]
 
 
 def _windows(samples: Iterable[Sample]) -> Iterator[tuple[Span, float]]:
@@ -125,3 +137,7 @@ def _windows(samples: Iterable[Sample]) -> Iterator[tuple[Span, float]]:
 
 def _is_far(window: Span, duration: float) -> bool:
     return window.end > FAR_PAST * duration
+
+
+def _is_after(window: Span, duration: float) -> bool:
+    return window.start >= duration

@@ -12,7 +12,7 @@ import torch
 
 import datasets.video_dataset
 from datasets.encoding import IGNORE
-from datasets.shared_video import SharedVideoDataset, UnitCollator, VideoSampler, share_clips
+from datasets.shared_video import SharedQuestionDataset, SharedVideoDataset, UnitCollator, VideoSampler, share_clips
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
 from utils.config import DataConfig, PromptConfig
 from utils.rows import Row, read_rows, write_rows
@@ -205,3 +205,26 @@ def test_places_are_uniform() -> None:
     """A row alone on its video is as likely in the first half of an epoch as in the second (4 standard errors)."""
     early = [order_of(epoch, seed=epoch).index(20) < 20 for epoch in range(400)]
     assert abs(sum(early) / 400 - 0.5) < 4 * 0.5 / 20
+
+
+def test_questions_without_answers(dataset_for: DataFor, demo_data: Path, tmp_path: Path) -> None:
+    """Prefix and tail are the row's own prompt; a question that does not fit, or holds a special token, and a file that
+    is gone are faults of their own rows."""
+    rows = demo_rows(demo_data, 5)
+    rows = [replace(row, video=rows[0].video) for row in rows[:4]] + [replace(rows[4], video="gone.mp4")]
+    rows[1] = replace(rows[1], sentence="a square " * 60)
+    rows[2] = replace(rows[2], sentence="see <|video_pad|>")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    queries = dataset_for(path=tmp_path / "rows.jsonl", max_prompt_tokens=250, on_overlong="refuse")
+    queries.with_answer = False
+    units = SharedQuestionDataset(queries).__getitems__([4, 3, 0, 1, 2])
+    faults = {index: unit["fault"] for unit in units if "fault" in unit for index in unit["indices"]}
+    assert sorted(faults) == [1, 2, 4]
+    assert "rows.jsonl:2" in faults[1] and "data.max_prompt_tokens=250" in faults[1]
+    assert "<|video_pad|>" in faults[2] and "gone.mp4" in faults[4]
+    (unit,) = [unit for unit in units if "fault" not in unit]
+    assert unit["indices"] == [3, 0]
+    for index, tail in zip(unit["indices"], unit["tails"], strict=True):
+        plain = queries[index]
+        assert torch.equal(torch.cat([unit["prefix"]["input_ids"], tail]), plain["input_ids"])
+        assert torch.equal(unit["prefix"]["pixel_values_videos"], plain["pixel_values_videos"])

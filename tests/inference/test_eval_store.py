@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,22 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written"), claimed(tmp_path / "file"):
         raise AssertionError
+
+
+def test_a_reader_that_outlives_a_kill_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """A data loader's processes notice seconds later that theirs was killed; the same command works at once."""
+    with claimed(tmp_path):
+        here, there = Pipe()
+        reader = get_context("fork").Process(target=lambda: (there.send("started"), time.sleep(60)))
+        reader.start()
+        assert here.recv() == "started"
+        with pytest.raises(UserError, match="another evaluation is running in it"), claimed(tmp_path):
+            raise AssertionError
+    try:
+        with claimed(tmp_path):
+            assert reader.is_alive()
+    finally:
+        reader.kill()
 
 
 def test_predictions_are_plain_json(tmp_path: Path) -> None:

@@ -17,9 +17,15 @@ from typing import Any
 import pytest
 
 import inference.evaluate
+from inference.eval_answers import answer
+from inference.eval_queries import load_queries, plan_rounds
+from inference.eval_report import summarise
 from inference.evaluate import main
+from inference.video_infer import VideoTemporalInference
 from tests.tiny import tiny_checkpoint
+from trainers.shared_prefix import backbone_of
 from utils.common import REPO_ROOT, UserError
+from utils.config import DataConfig, PromptConfig
 from utils.rows import read_rows, write_rows
 
 ANSWERS = ("From 1.0 to 3.0 seconds.", "From 4.0 to 8.0 seconds.", "no idea", "The event does not happen in the video.")
@@ -44,8 +50,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """In the place of the model: the answer of row i is `ANSWERS[i % 4]`. Gives the places of each batch."""
     calls: list[list[int]] = []
 
-    def answer(_engine: Any, dataset: Any, batches: Sequence[list[int]], *_: Any) -> Iterator[tuple[Any, Any]]:
-        for batch in batches:
+    def answer(_engine: Any, dataset: Any, rounds: Sequence[list[list[int]]], *_: Any) -> Iterator[tuple[Any, Any]]:
+        for batch in [batch for batches in rounds for batch in batches]:
             calls.append(batch)
             faults = []
             for place in batch:
@@ -87,7 +93,7 @@ def test_what_a_run_leaves(
     main([*command, "--by", "tag"])
     rows = read_rows(annotations)[0]
     assert sorted(place for batch in asked for place in batch) == list(range(10))
-    assert [len(batch) for batch in asked] == [3, 3, 3, 1]
+    assert [len(batch) for batch in asked] == [2, 2, 2, 2, 2]  # a video's queries are never parted for a full batch
     stored = predictions(tmp_path / "eval")
     assert [record["qid"] for record in stored] == [f"q{i}" for i in range(10)]
     assert [record["text"] for record in stored] == [ANSWERS[i % 4] for i in range(10)]
@@ -126,6 +132,52 @@ def test_queries_of_a_video_stand_together(command: list[str], asked: list[list[
     assert together == len({row.video for row in rows[:10]}) == len(videos)
 
 
+def test_what_is_asked_together(annotations: Path) -> None:
+    """Whole clips up to the size of a batch; a clip of more queries in equal batches of one round; stretches of a file
+    are clips of their own; what is done leaves the other batches as they are."""
+    rows = read_rows(annotations)[0][:10]
+    a, b = rows[0].video, rows[2].video
+    videos = [a, b, a, a, b, a, b, a, "c.mp4", "c.mp4"]
+    rows = [replace(row, video=video, timestamp=()) for row, video in zip(rows, videos, strict=True)]
+    rows[9] = replace(rows[9], video_start=0.0, video_end=4.0, duration=4.0)
+    write_rows(annotations, rows)
+    queries = load_queries(annotations, DataConfig(), PromptConfig())
+    assert plan_rounds(queries, 3) == [
+        [["q0", "q2", "q3"], ["q5", "q7"]],
+        [["q1", "q4", "q6"]],
+        [["q8", "q9"]],
+    ]
+    assert plan_rounds(queries, 4)[1:] == [[["q1", "q4", "q6", "q8"]], [["q9"]]]
+    assert plan_rounds(queries, 100) == [[["q0", "q2", "q3", "q5", "q7", "q1", "q4", "q6", "q8", "q9"]]]
+    assert plan_rounds(queries, 3, done={"q0", "q2", "q3", "q4"}) == [[["q5", "q7"]], [["q1", "q6"]], [["q8", "q9"]]]
+    assert plan_rounds(queries, 3, done=set(queries.chosen)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        ([None] * 60, None),  # the key is there, and never filled in
+        ([f"word {i}" for i in range(60)], None),  # too many groups
+        ([10**400 + i for i in range(60)], None),
+        ([i % 3 / 4 if i % 3 else float("nan") for i in range(60)], ["0.25", "0.5", "(none)"]),
+        ([i / 60 for i in range(60)], ["0-0.197", "0.197-0.393", "0.393-0.59", "0.59-0.787", "0.787-0.983"]),
+    ],
+)  # fmt: skip
+def test_a_breakdown_that_nobody_asked_for_costs_no_result(values: list[Any], groups: list[str] | None) -> None:
+    """Rows with a `difficulty` that no breakdown can be made of are scored all the same; asked for, it is refused."""
+    windows = {"gt": [[0, 5]], "pred": [[0, 5]], "duration": 60}
+    samples = [{"qid": i, **windows, "kwargs": {"difficulty": value}} for i, value in enumerate(values)]
+    found = summarise(samples, "default")
+    assert found["averages"]["mIoU"] == 100.0
+    if groups is None:
+        assert "kwargs.difficulty" not in found["breakdowns"]
+        with pytest.raises(UserError, match="--by difficulty"):
+            summarise(samples, "default", ["difficulty"])
+    else:
+        assert list(found["breakdowns"]["kwargs.difficulty"]) == groups
+        assert found["breakdowns"] == summarise(samples, "default", ["difficulty"])["breakdowns"]
+
+
 def test_a_protocol_rescores_what_is_stored(command: list[str], asked: list[list[int]], tmp_path: Path) -> None:
     main(command)
     averages = metrics(tmp_path / "eval")["protocols"]["time_r1"]
@@ -160,7 +212,7 @@ def test_half_a_line_is_dropped_and_answered_again(command: list[str], asked: li
         (tmp_path / "eval" / name).unlink()
     asked.clear()
     main(command)
-    assert [len(batch) for batch in asked] == [1, 3, 1]
+    assert [len(batch) for batch in asked] == [1, 2, 2]
     assert log.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
     assert sorted(log.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
     assert (predictions(tmp_path / "eval"), metrics(tmp_path / "eval")) == whole
@@ -229,6 +281,8 @@ def scored(annotations: Path, windows: Callable[[float, float], Any], path: Path
     ("windows", "message"),
     [
         (lambda s, e: [1000 * s + 100, 1000 * e], "windows end past 10 times their video: these look like millisec"),
+        (lambda s, e: [24 * s + 24, 24 * e + 24], "8 of 8 windows begin after the end of their video: these"),
+        (lambda s, e: [12.5 * s, 12.5 * e], "windows begin after the end of their video: .* or per cent"),
         (lambda s, e: [s / 8, e / 8], "all 8 windows lie between 0 and 1, on videos of more than 5 s"),
     ],
 )
@@ -238,6 +292,20 @@ def test_other_units_are_refused(windows: Any, message: str, annotations: Path, 
         main(flags)
     main([*flags, "--trust_units", "--output_dir", str(tmp_path / "eval")])
     assert metrics(tmp_path / "eval")["averages"]["R1@0.7"] == 0.0
+
+
+def test_other_units_among_the_seconds_are_counted_by_name(annotations: Path, tmp_path: Path) -> None:
+    flags = scored(annotations, lambda s, e: [s, e], tmp_path / "p.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    for place in (3, 7):
+        records[place]["pred"] = [[1000 * s + 100, 1000 * e] for s, e in records[place]["pred"]]
+    write_predictions(tmp_path / "p.jsonl", records)
+    main([*flags, "--output_dir", str(tmp_path / "eval")])
+    assert metrics(tmp_path / "eval")["counts"]["num_far_outside"] == 2
+    assert metrics(tmp_path / "eval")["averages"]["R1@0.7"] == 75.0
+    log = (tmp_path / "eval/log.txt").read_text()
+    assert "2 predicted windows begin after the end of their video or end past ten times it" in log
+    assert "qids: q3, q7\n" in log
 
 
 @pytest.mark.parametrize(
@@ -376,7 +444,7 @@ def test_videos_deleted_between_runs_are_not_needed(
 def launched(tiny_model: Path, annotations: Path) -> Callable[..., list[str]]:
     """`launched(folder, processes)`: a command line that evaluates an untrained model on the CPU."""
     flags = ["--model_path", str(tiny_model), "--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")]
-    flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "0", "--device", "cpu"]
+    flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "1", "--device", "cpu"]
 
     def make(folder: Path, processes: int = 1) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -396,6 +464,38 @@ def test_the_model_answers_as_it_does_alone(
         alone = engine.predict(record["video"], record["sentence"], max_new_tokens=24)
         assert (record["text"], record["segments"]) == (alone["raw_text"], alone["segments"])
         assert record["pred"]  # it has learnt to answer in windows
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_clip_is_read_and_seen_once_for_all_its_queries(
+    answering_model: Path, annotations: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five queries on one video, two on another and one that cannot be asked: the answers are those of `predict`."""
+    rows = read_rows(annotations)[0][:8]
+    words = ["the red square appears", "the blue square appears", "it appears", "the square", "red and blue", "blue"]
+    sentences = [*words, "see <|video_pad|>", "red"]
+    videos = [rows[0].video] * 5 + [rows[2].video] * 3
+    rows = [replace(rows[i], video=videos[i], sentence=sentences[i], timestamp=()) for i in range(8)]
+    write_rows(annotations, rows)
+    engine = VideoTemporalInference(answering_model)
+    expected = [engine.predict(row.video, row.sentence)["raw_text"] for row in (*rows[:6], rows[7])]
+    reads, passes = [], []
+    queries = load_queries(annotations, engine.contract.data, engine.contract.prompt)
+    queries.dataset.processor = engine.processor
+    decode = queries.dataset.clip
+    monkeypatch.setattr(queries.dataset, "clip", lambda row: reads.append(row.video) or decode(row))
+    backbone_of(engine.model).visual.register_forward_hook(lambda *_: passes.append(1))
+    rounds = [[[queries.places[qid] for qid in batch] for batch in found] for found in plan_rounds(queries, batch_size)]
+    texts: dict[int, str] = {}
+    faults: dict[int, str] = {}
+    for found, unread in answer(engine, queries.dataset, rounds, 64, num_workers=0):
+        assert not set(found) & set(texts) and len(found) <= batch_size
+        texts |= found
+        faults |= dict(unread)
+    assert [texts[i] for i in (0, 1, 2, 3, 4, 5, 7)] == expected and len(set(expected)) > 2
+    assert list(faults) == [6] and "test.jsonl:7" in faults[6] and "<|video_pad|>" in faults[6] and texts[6] == ""
+    readable = [video for video in reads if video == videos[0]]
+    assert len(readable) == 1 and len(passes) == 2
 
 
 @pytest.mark.slow
