@@ -11,6 +11,7 @@ folder that can be moved. It appears whole or not at all. Status 2 and one line 
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def require_replaceable(folder: Path) -> None:
 
 def write_report(ours: Evaluation, comparison: Comparison | None, videos: Videos) -> None:
     """Write the folder `videos.report`; an earlier report goes once the new one is whole."""
-    keys = group_keys(ours.rows.values())
+    keys = group_keys(list(ours.rows.values()))
     rows = page_rows(ours, comparison, videos, list(keys))
     figures = pictures(ours, comparison.theirs if comparison else None)
     page = render_page(ours, comparison, figures, rows, videos.listed, keys)
@@ -92,8 +93,10 @@ def write_report(ours: Evaluation, comparison: Comparison | None, videos: Videos
         videos.copy_into(unfinished)
         (unfinished / PAGE).write_text(page, encoding="utf-8")
         replace_folder(unfinished, videos.report)
-    except PermissionError as error:
-        raise UserError(f"--output {videos.report} cannot be written: {error.strerror}; choose another folder") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # `run_command` has a sentence for a full disk
+        raise UserError(f"--output {videos.report} cannot be written: {error}; choose another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     absent = sum(video["src"] is None for video in videos.listed)

@@ -12,18 +12,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from inference.report_data import Evaluation, Judged
 from utils.curves import figure_style
 from utils.metrics import baseline_predictions, best_constant_predictions, sample_scores
 from utils.palette import Palette
 
-SIZE = (5.4, 3.5)
+SIZE = (4.5, 3.0)
 """Inches."""
 NUM_IOU_BINS, NUM_GROUPS = 20, 8
 SHOWN_SHARE = 97.0
 """Per cent of the points that an axis of seconds makes room for; the caption counts the others."""
-NOTHING = "No query has both a labelled and a predicted window."
+NOTHING = "no window has a length"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def pictures(ours: Evaluation, theirs: Evaluation | None) -> list[Picture]:
         return []
     shown = [_recall(ours, theirs), _histogram(ours, theirs)]
     placed = [row for row in ours.grounded if row.offsets_s is not None]
-    return [*shown, _against_duration(placed), _against_position(placed), _offsets(placed)] if placed else shown
+    if not placed:
+        return shown
+    return [*shown, _offsets(placed), _lengths(placed), _against_duration(placed), _against_position(placed)]
 
 
 # ---------------------------------------------------------------------------------------------- IoU
@@ -73,14 +76,16 @@ def _recall(ours: Evaluation, theirs: Evaluation | None) -> Picture:
     curve, other = recalls(_ious(ours)), recalls(_ious(theirs)) if theirs and theirs.grounded else None
 
     def draw(axes: Axes, palette: Palette) -> None:
+        above_zero = slice(1, None)  # every IoU is at least 0
         for (name, values), dashes in zip(flat.items(), ((1, 1.5), (4, 2)), strict=True):
-            axes.plot(THRESHOLDS, values, color=palette.muted, linewidth=1.4, dashes=dashes, label=name)
+            line = axes.plot(THRESHOLDS[above_zero], values[above_zero], color=palette.muted, label=name)
+            line[0].set(linewidth=1.4, dashes=dashes)
         if theirs is not None and other is not None:
-            axes.plot(THRESHOLDS, other, color=palette.saliency, label=_short(theirs.name))
-        axes.plot(THRESHOLDS, curve, color=palette.prediction, linewidth=2.6, label=_short(ours.name))
+            axes.plot(THRESHOLDS[above_zero], other[above_zero], color=palette.saliency, label=_short(theirs.name))
+        line = axes.plot(THRESHOLDS[above_zero], curve[above_zero], color=palette.prediction, label=_short(ours.name))
+        line[0].set_linewidth(2.6)
         axes.set(xlim=(0, 1), ylim=(0, 100), xlabel="IoU threshold m", ylabel="R1@m, %")
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], labelcolor=palette.ink, loc="upper right")
+        _legend(axes, palette, "best")
 
     said = ", ".join(f"{curve[round(100 * m)]:.1f} % at {m}" for m in (0.1, 0.3, 0.5, 0.7, 0.9))
     return Picture("recall", "Recall over thresholds", "Share of queries whose IoU is at least m.", said, draw)
@@ -109,7 +114,7 @@ def _histogram(ours: Evaluation, theirs: Evaluation | None) -> Picture:
             line = _shares(np.array(_ious(theirs)), edges)
             axes.stairs(line, edges, color=palette.saliency, linewidth=1.8, label=_short(theirs.name))
         axes.set(xlim=(0, 1), xlabel="IoU", ylabel="queries, %")
-        axes.legend(labelcolor=palette.ink, loc="upper center")
+        _legend(axes, palette, "best")
 
     caption = f"{none:.1f} % have IoU 0: no overlap, absence answered, or an answer that cannot be read."
     quarters = np.quantile(ious, (0.25, 0.5, 0.75))
@@ -128,7 +133,8 @@ def _ious(evaluation: Evaluation) -> list[float]:
 # ---------------------------------------------------------------------------------------------- errors
 def _against_duration(rows: Sequence[Judged]) -> Picture:
     durations = np.array([row.record["duration"] for row in rows])
-    return _errors("duration", "Error against duration", rows, durations, "duration of the clip, s")
+    is_log = durations.max() > 20 * durations.min()
+    return _errors("duration", "Error against duration", rows, durations, "duration of the clip, s", is_log)
 
 
 def _against_position(rows: Sequence[Judged]) -> Picture:
@@ -136,12 +142,11 @@ def _against_position(rows: Sequence[Judged]) -> Picture:
     return _errors("position", "Error against position", rows, middles, "middle of the labelled window, % of the clip")
 
 
-def _errors(name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str) -> Picture:
+def _errors(name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str, is_log: bool = False) -> Picture:
     """The boundary error (mean of start and end, seconds) over `places`, with its median in groups of equal size."""
     errors = np.abs([row.offsets_s for row in rows]).mean(axis=1)
     most = max(float(np.percentile(errors, SHOWN_SHARE)) * 1.1, 0.1)
     centres, medians, low, high = grouped(places, errors)
-    is_log = len(places) > 0 and places.min() > 0 and places.max() > 20 * places.min()
 
     def draw(axes: Axes, palette: Palette) -> None:
         axes.scatter(places, errors, s=11, color=palette.muted, alpha=_alpha(len(rows)), linewidths=0, rasterized=True)
@@ -150,7 +155,7 @@ def _errors(name: str, title: str, rows: Sequence[Judged], places: np.ndarray, l
         if is_log:
             axes.set_xscale("log")
         axes.set(ylim=(0, most), xlabel=label, ylabel="error of start and end, s")
-        axes.legend(labelcolor=palette.ink, loc="upper right")
+        _legend(axes, palette, "upper right")
 
     caption = f"Mean of |start error| and |end error|, {len(rows)} queries.{_left_out(int((errors > most).sum()))}"
     said = ", ".join(f"{median:.1f} s at {centre:.0f}" for centre, median in zip(centres, medians, strict=True))
@@ -188,6 +193,43 @@ def _offsets(rows: Sequence[Judged]) -> Picture:
     caption = f"One point a query, {len(rows)} of them.{_left_out(int((far > most).sum()))}"
     said = f"median start offset {np.median(starts):+.2f} s, median end offset {np.median(ends):+.2f} s"
     return Picture("offsets", "Start and end", caption, said, draw)
+
+
+def _lengths(rows: Sequence[Judged]) -> Picture:
+    predicted = np.array([_length(row.record["pred"][row.counted or 0]) for row in rows])
+    labelled = predicted - np.array([end - start for start, end in (row.offsets_s or (0, 0) for row in rows)])
+    usable = (predicted > 0) & (labelled > 0)
+    shown, truth = predicted[usable], labelled[usable]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        low, high = 0.8 * min(shown.min(), truth.min()), 1.25 * max(shown.max(), truth.max())
+        axes.plot([low, high], [low, high], color=palette.muted, linewidth=1)
+        axes.scatter(truth, shown, s=12, color=palette.prediction, alpha=_alpha(len(shown)), linewidths=0)
+        axes.collections[-1].set_rasterized(True)
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="labelled length, s", ylabel="predicted length, s")
+
+    empty = f" {len(rows) - len(shown)} windows without length are left out." if len(shown) < len(rows) else ""
+    caption = f"On the line both are equally long. A level band is a model that always answers alike.{empty}"
+    ratio = f"median of predicted over labelled length {np.median(shown / truth):.2f}" if len(shown) else NOTHING
+    return Picture("lengths", "Length", caption, ratio, draw)
+
+
+def _length(window: Sequence[float]) -> float:
+    return window[1] - window[0]
+
+
+def _legend(axes: Axes, palette: Palette, where: str) -> None:
+    """Over points as over plain paper, the newest line first."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], labels[::-1], loc=where, labelcolor=palette.ink, fontsize=10,
+        frameon=True, facecolor=palette.paper, edgecolor="none", framealpha=0.85,
+    )  # fmt: skip
 
 
 def _alpha(num_points: int) -> float:

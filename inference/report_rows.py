@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,19 @@ def _row(record: Mapping[str, Any]) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------- groups
-def group_keys(rows: Iterable[Judged]) -> dict[str, list[str]]:
+def group_keys(rows: Collection[Judged]) -> dict[str, list[str]]:
     """The keys of `kwargs` that rows can be filtered by, each with its values in order.
 
     Those with at least two values and at most `MAX_GROUPS`; never the qid, nor lists and objects.
     """
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        for key, value in row.record["kwargs"].items():
-            found.setdefault(key, set()).add("" if isinstance(value, list | dict) else word_of(value))
-    return {
-        key: sorted(values, key=_naturally)
-        for key, values in found.items()
-        if key != "qid" and "" not in values and 2 <= len(values) <= MAX_GROUPS
-    }
+    keys = dict.fromkeys(key for row in rows for key in row.record["kwargs"] if key != "qid")
+    found = {}
+    for key in keys:
+        values = [row.record["kwargs"].get(key) for row in rows]
+        words = {word_of(value) for value in values}
+        if 2 <= len(words) <= MAX_GROUPS and not any(isinstance(value, list | dict) for value in values):
+            found[key] = sorted(words, key=_naturally)
+    return found
 
 
 def _naturally(word: str) -> tuple[float, str]:

@@ -69,7 +69,11 @@ function drawCursor() {
   const time = now();
   const share = Math.min(Math.max((time - player.first) / (player.last - player.first || 1), 0), 1);
   seekBar.querySelector(".cursor").style.left = `${100 * share}%`;
-  byId("seek-now").textContent = formatTime(time, player.last) + unitOf(player.last);
+  const output = byId("seek-now");
+  output.textContent = formatTime(time, player.last) + unitOf(player.last);
+  output.style.left = `${100 * Math.min(Math.max(share, 0.04), 0.96)}%`;
+  byId("seek-start").style.visibility = share < 0.12 ? "hidden" : "";
+  byId("seek-end").style.visibility = share > 0.88 ? "hidden" : "";
   seekBar.setAttribute("aria-valuenow", time.toFixed(1));
   seekBar.setAttribute("aria-valuetext", `${formatTime(time, player.last)}${unitOf(player.last)}`);
 }

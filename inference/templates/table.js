@@ -16,6 +16,7 @@ rows.forEach((row, place) => {
 const ORDERS = {
   ...(hasVs ? { biggest: { label: "biggest change", value: (row) => magnitude(row.change), down: true } } : {}),
   place: { label: "order of the file", value: (row) => row.place },
+  labelled: { label: "labelled start", value: (row) => (row.truth.length ? row.truth[0][0] - row.clip[0] : null) },
   sentence: { label: "query", value: (row) => row.sentence.toLowerCase() },
   score: { label: "IoU", value: (row) => row.score },
   ...(hasVs ? {
@@ -28,10 +29,10 @@ const ORDERS = {
 };
 const COLUMNS = [
   { order: "sentence", title: "query", className: "c-query" },
-  { order: "place", title: "timeline", className: "c-line" },
-  { order: "score", title: "IoU", className: "c-number" },
+  { order: "labelled", title: "timeline", className: "c-line" },
+  { order: "score", title: "IoU", className: "c-score" },
   ...(hasVs ? [
-    { order: "vs", title: data.vs, className: "c-number" },
+    { order: "vs", title: data.vs, className: "c-score" },
     { order: "change", title: "change", className: "c-change" },
   ] : []),
   { order: "start", title: "start, s", className: "c-number" },
@@ -144,7 +145,7 @@ function rowElement(row, index) {
   const about = make("span", { className: "about", textContent: `${row.qid} · ${data.videos[row.video].name}` });
   about.title = about.textContent;
   const strip = make("div", { className: "strip" });
-  drawLanes(strip, lanesOf(row), row.clip[0], row.clip[1], 11, 3);
+  drawLanes(strip, lanesOf(row), row.clip[0], row.clip[1], 14, 4);
   const number = (name, content) => make("td", { dataset: { name } }, content);
   return make("tr", { dataset: { qid: row.qid, index } },
     make("td", { className: "query" }, open, about),
