@@ -95,8 +95,8 @@ def _check_annotations(ours: Evaluation, theirs: Evaluation) -> None:
     if files[0].get("sha256") != files[1].get("sha256"):
         names = [f"{file.get('name')} ({str(file.get('sha256'))[:8]})" for file in files]
         raise UserError(
-            f"--vs {theirs.folder} is an evaluation of {names[1]}, {ours.folder} one of {names[0]}: only answers to the "
-            "same annotation file can be paired; evaluate one of them again"
+            f"--vs {theirs.folder} is an evaluation of {names[1]}, {ours.folder} one of {names[0]}: only answers to "
+            "the same annotation file can be paired; evaluate one of them again"
         )
 
 

@@ -120,13 +120,14 @@ def _require(folder: Path, flag: str) -> Path:
         raise UserError(f"{flag} {folder}: no such folder; give the --output_dir of inference/evaluate.py")
     if not (folder / RUN_FILE).is_file():
         raise UserError(
-            f"{flag} {folder} holds no {RUN_FILE}, so it is no evaluation; give the --output_dir of inference/evaluate.py"
+            f"{flag} {folder} holds no {RUN_FILE}, so it is no evaluation; give the --output_dir of "
+            "inference/evaluate.py"
         )
     missing = [name for name in (PREDICTIONS_FILE, METRICS_FILE) if not (folder / name).is_file()]
     if missing:
         stored = sum(path.read_bytes().count(b"\n") for path in folder.glob("predictions.rank*.jsonl"))
         raise UserError(
-            f"{flag} {folder}: the evaluation is not finished ({stored} answers stored, no {' and no '.join(missing)}); "
+            f"{flag} {folder}: it is not finished ({stored} answers stored, no {' and no '.join(missing)}); "
             "give its inference/evaluate.py command again, which goes on where it stopped"
         )
     return folder

@@ -85,7 +85,7 @@ def _recall(ours: Evaluation, theirs: Evaluation | None) -> Picture:
         line = axes.plot(THRESHOLDS[above_zero], curve[above_zero], color=palette.prediction, label=_short(ours.name))
         line[0].set_linewidth(2.6)
         axes.set(xlim=(0, 1), ylim=(0, 100), xlabel="IoU threshold m", ylabel="R1@m, %")
-        _legend(axes, palette, "best")
+        _legend(axes, palette)
 
     said = ", ".join(f"{curve[round(100 * m)]:.1f} % at {m}" for m in (0.1, 0.3, 0.5, 0.7, 0.9))
     return Picture("recall", "Recall over thresholds", "Share of queries whose IoU is at least m.", said, draw)
@@ -114,7 +114,7 @@ def _histogram(ours: Evaluation, theirs: Evaluation | None) -> Picture:
             line = _shares(np.array(_ious(theirs)), edges)
             axes.stairs(line, edges, color=palette.saliency, linewidth=1.8, label=_short(theirs.name))
         axes.set(xlim=(0, 1), xlabel="IoU", ylabel="queries, %")
-        _legend(axes, palette, "best")
+        _legend(axes, palette)
 
     caption = f"{none:.1f} % have IoU 0: no overlap, absence answered, or an answer that cannot be read."
     quarters = np.quantile(ious, (0.25, 0.5, 0.75))
@@ -142,7 +142,9 @@ def _against_position(rows: Sequence[Judged]) -> Picture:
     return _errors("position", "Error against position", rows, middles, "middle of the labelled window, % of the clip")
 
 
-def _errors(name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str, is_log: bool = False) -> Picture:
+def _errors(
+    name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str, is_log: bool = False
+) -> Picture:
     """The boundary error (mean of start and end, seconds) over `places`, with its median in groups of equal size."""
     errors = np.abs([row.offsets_s for row in rows]).mean(axis=1)
     most = max(float(np.percentile(errors, SHOWN_SHARE)) * 1.1, 0.1)
@@ -155,7 +157,7 @@ def _errors(name: str, title: str, rows: Sequence[Judged], places: np.ndarray, l
         if is_log:
             axes.set_xscale("log")
         axes.set(ylim=(0, most), xlabel=label, ylabel="error of start and end, s")
-        _legend(axes, palette, "upper right")
+        _legend(axes, palette)
 
     caption = f"Mean of |start error| and |end error|, {len(rows)} queries.{_left_out(int((errors > most).sum()))}"
     said = ", ".join(f"{median:.1f} s at {centre:.0f}" for centre, median in zip(centres, medians, strict=True))
@@ -186,7 +188,9 @@ def _offsets(rows: Sequence[Judged]) -> Picture:
         corners = {"too long": (0.02, 0.97), "late": (0.98, 0.97), "early": (0.02, 0.03), "too short": (0.98, 0.03)}
         for words, (x, y) in corners.items():
             sides = {"ha": "left" if x < 0.5 else "right", "va": "bottom" if y < 0.5 else "top"}
-            axes.text(x, y, words, transform=axes.transAxes, color=palette.muted, fontsize=10.5, style="italic", **sides)
+            axes.text(
+                x, y, words, transform=axes.transAxes, color=palette.muted, fontsize=10.5, style="italic", **sides
+            )
         axes.set(xlim=(-most, most), ylim=(-most, most))
         axes.set(xlabel="start, predicted − labelled, s", ylabel="end, predicted − labelled, s")
 
@@ -223,12 +227,12 @@ def _length(window: Sequence[float]) -> float:
     return window[1] - window[0]
 
 
-def _legend(axes: Axes, palette: Palette, where: str) -> None:
-    """Over points as over plain paper, the newest line first."""
+def _legend(axes: Axes, palette: Palette) -> None:
+    """Above the axes, where it hides nothing, the newest line first."""
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], labels[::-1], loc=where, labelcolor=palette.ink, fontsize=10,
-        frameon=True, facecolor=palette.paper, edgecolor="none", framealpha=0.85,
+        handles[::-1], labels[::-1], loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2,
+        labelcolor=palette.ink, fontsize=10, columnspacing=1.6, labelspacing=0.3,
     )  # fmt: skip
 
 

@@ -52,7 +52,9 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.tags.append((tag, found))
         self._open.append(tag)
-        self.links += [str(found[name]) for name in ("src", "href", "srcset", "action", "poster", "data") if name in found]
+        self.links += [
+            str(found[name]) for name in ("src", "href", "srcset", "action", "poster", "data") if name in found
+        ]
         if tag == "table":
             self._table = self.tables.setdefault(str(found.get("id", len(self.tables))), [])
         elif tag == "tr":
@@ -318,7 +320,9 @@ def test_figures_say_what_they_show(evaluation_runs: EvaluationRuns) -> None:
 def test_paired_differences(paired: Page, evaluation_runs: EvaluationRuns) -> None:
     ours, theirs = records(evaluation_runs.better), records(evaluation_runs.worse)
     scores = {
-        qid: (sample_scores(record_of(ours[qid])), sample_scores(record_of(theirs[qid]))) for qid in ours if qid in theirs
+        qid: (sample_scores(record_of(ours[qid])), sample_scores(record_of(theirs[qid])))
+        for qid in ours
+        if qid in theirs
     }
     cells = {row[0]: row[1:] for row in paired.tables["differences"][1:]}
     for name in ("mIoU", "R1@0.7", "mAP"):
@@ -528,5 +532,7 @@ def test_evaluations_that_cannot_be_paired(run: Path, evaluation_runs: Evaluatio
         main(flags)
     (run / "run.json").write_text(json.dumps(made_of))
     change_records(run, lambda r: r | {"qid": f"other-{r['qid']}"})
-    with pytest.raises(UserError, match=r"none of its 23 queries is among the 23 of .* \(the first there: 'other-q0'\)"):
+    with pytest.raises(
+        UserError, match=r"none of its 23 queries is among the 23 of .* \(the first there: 'other-q0'\)"
+    ):
         main(flags)
