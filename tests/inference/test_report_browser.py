@@ -103,7 +103,7 @@ def seeked_to(page: Page, time_s: float) -> None:
     """Wait until the video stands at `time_s`."""
     page.wait_for_function(
         "time => { const v = document.getElementById('video'); return v.readyState > 1 && !v.seeking && "
-        "() => Math.abs(v.currentTime - time) < 0.01; }",
+        "Math.abs(v.currentTime - time) < 0.01; }",
         arg=time_s,
     )
 
