@@ -41,6 +41,7 @@ WAYS = {
     "window_length": "Length of the labelled windows",
     "position": "Position of the first labelled window",
 }
+_REACHES = (5, 10, 20, 50, 100)
 _FOLDER = Path(__file__).parent / "templates"
 
 
@@ -64,6 +65,7 @@ def render_page(
     )
     environment.filters["percent"] = percent
     environment.filters["signed"] = signed
+    entries = headline(evaluation.metrics, comparison)
     data = {"rows": rows, "videos": videos, "name": evaluation.name, "vs": comparison and comparison.theirs.name}
     return environment.get_template("report.html").render(
         generator=GENERATOR,
@@ -75,7 +77,8 @@ def render_page(
         name=evaluation.name,
         metrics=evaluation.metrics,
         comparison=comparison,
-        headline=headline(evaluation.metrics, comparison),
+        headline=entries,
+        reach=_reach([entry["difference"] for entry in entries if entry["difference"]]),
         cards=CARDS,
         breakdowns=_breakdowns(evaluation.metrics),
         group_metrics=GROUP_METRICS,
@@ -118,6 +121,12 @@ def headline(metrics: Mapping[str, Any], comparison: Comparison | None) -> list[
             }
         )
     return found
+
+
+def _reach(differences: Sequence[Difference]) -> int:
+    """How far the axis of differences goes to either side, in per cent."""
+    most = max((abs(bound) for difference in differences for bound in difference.interval), default=0.0)
+    return next((reach for reach in _REACHES if most <= reach), _REACHES[-1])
 
 
 def _verdict(name: str, difference: Difference | None) -> str:

@@ -142,8 +142,8 @@ function changeOf(row) {
 
 function rowElement(row, index) {
   const open = make("button", { type: "button", className: "open", textContent: row.sentence, tabIndex: index === state.focus ? 0 : -1 });
-  const about = make("span", { className: "about", textContent: `${row.qid} · ${data.videos[row.video].name}` });
-  about.title = about.textContent;
+  const about = make("span", { className: "about", textContent: `${row.qid} · ${data.videos[row.video].name.split("/").slice(-2).join("/")}` });
+  about.title = `${row.qid} · ${data.videos[row.video].name}`;
   const strip = make("div", { className: "strip" });
   drawLanes(strip, lanesOf(row), row.clip[0], row.clip[1], 14, 4);
   const number = (name, content) => make("td", { dataset: { name } }, content);

@@ -30,6 +30,7 @@ from utils.common import UserError
 from utils.metrics import METRICS, bootstrap_interval, evaluate, sample_scores
 from utils.palette import DARK, LIGHT
 from utils.protocols import PROTOCOLS
+from utils.rows import read_rows, write_rows
 
 
 class Page(HTMLParser):
@@ -189,6 +190,23 @@ def record_of(line: dict[str, Any]) -> dict[str, Any]:
     if not line["pred"]:
         return line
     return line | {"pred": [[math.nan if t is None else t for t in window] for window in line["pred"]]}
+
+
+def test_only_rows_labelled_absent(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
+    from inference.evaluate import main as evaluate_main
+
+    rows = [row for row in read_rows(evaluation_runs.annotations)[0] if row.timestamp == ()]
+    write_rows(tmp_path / "absent.jsonl", rows)
+    flags = ["--predictions", str(tmp_path / "p.jsonl"), "--annotations", str(tmp_path / "absent.jsonl")]
+    (tmp_path / "p.jsonl").write_text('{"qid": "q4", "pred": []}\n{"qid": "q5", "pred": [[1, 2]]}\n')
+    evaluate_main([*flags, "--output_dir", str(tmp_path / "run")])
+    main(["--run", str(tmp_path / "run"), "--vs", str(tmp_path / "run")])
+    page = Page(tmp_path / "run" / "report-vs-run")
+    assert [cells[:3] for cells in page.tables["headline"][1:]] == [
+        ["absence recognised", "50.0", "0.0 to 100.0"],
+        ["unparsable answers", "0.0", "0.0 to 0.0"],
+    ]
+    assert [row["score"] for row in page.rows.values()] == [1.0, 0.0] and "<figure>" not in page.text
 
 
 def test_rows_of_the_page(alone: Page, evaluation_runs: EvaluationRuns) -> None:
