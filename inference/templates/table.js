@@ -140,12 +140,19 @@ function changeOf(row) {
   return make("span", {}, make("span", { className: isUp ? "up" : "down", textContent: isUp ? "▲ " : "▼ " }), signed(row.change, 2));
 }
 
+// A lane in words, for those who do not see it.
+function describe({ name, note, windows }) {
+  const longest = Math.max(...windows.flat().filter(Number.isFinite), 0);
+  return `${name}: ${note || windows.filter(isDrawn).map((window) => formatWindow(window, longest)).join(", ")}`;
+}
+
 function rowElement(row, index) {
   const open = make("button", { type: "button", className: "open", textContent: row.sentence, tabIndex: index === state.focus ? 0 : -1 });
   const about = make("span", { className: "about", textContent: `${row.qid} · ${data.videos[row.video].name.split("/").slice(-2).join("/")}` });
   about.title = `${row.qid} · ${data.videos[row.video].name}`;
-  const strip = make("div", { className: "strip" });
-  drawLanes(strip, lanesOf(row), row.clip[0], row.clip[1], 14, 4);
+  const lanes = lanesOf(row);
+  const strip = make("div", { className: "strip", attributes: { role: "img", "aria-label": lanes.map(describe).join("; ") } });
+  drawLanes(strip, lanes, row.clip[0], row.clip[1], 14, 4);
   const number = (name, content) => make("td", { dataset: { name } }, content);
   return make("tr", { dataset: { qid: row.qid, index } },
     make("td", { className: "query" }, open, about),
