@@ -36,7 +36,8 @@ class Videos:
     copies: bool = False
     """Whether they are copied into the report."""
     listed: list[dict[str, Any]] = field(default_factory=list)
-    """For the page: `name` as in the annotations, `src`, and a `note` where `src` is None."""
+    """For the page: `name` as in the annotations, `src` relative to the report, `uri` for a report that was moved or is
+    reached through a link, and a `note` where `src` is None."""
     files: dict[str, Path] = field(default_factory=dict)
     """What to copy, by its name in the report."""
     _places: dict[str, int] = field(default_factory=dict)
@@ -70,7 +71,8 @@ class Videos:
             name = f"{VIDEOS_FOLDER}/{len(self.listed):05d}-{path.name}"
             self.files[name] = path.resolve()
             return {"src": quote(name), "note": None}
-        return {"src": quote(Path(os.path.relpath(path, self.report)).as_posix()), "note": None}
+        relative = Path(os.path.relpath(path, self.report)).as_posix()
+        return {"src": quote(relative), "uri": path.absolute().as_uri(), "note": None}
 
     def _find(self, record: Mapping[str, Any]) -> tuple[Path, str | None]:
         if self.root is not None:

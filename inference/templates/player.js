@@ -19,6 +19,7 @@ function openPlayer(place, time = null) {
 
 function loadVideo({ src, note }, start) {
   player.wanted = start;
+  player.triedUri = false;
   video.parentElement.classList.toggle("failed", src === null);
   byId("video-note").textContent = note ? `There is no video to show. ${note}` : "";
   if (src === null) video.removeAttribute("src");
@@ -29,6 +30,13 @@ function loadVideo({ src, note }, start) {
 
 function onVideoError() {
   if (!video.hasAttribute("src")) return;
+  const { uri } = data.videos[player.row.video];
+  if (uri && location.protocol === "file:" && video.src !== uri && !player.triedUri) {
+    player.triedUri = true;  // the report was moved, or opened through a link
+    video.src = uri;
+    video.load();
+    return;
+  }
   video.parentElement.classList.add("failed");
   byId("video-note").textContent =
     `This video cannot be played: it is no longer at ${decodeURI(video.src)}, or it is in a format that this browser does not know.`;
