@@ -5,6 +5,7 @@ Loads no model. Rows are `utils.rows`, samples are `datasets.video_dataset`, ans
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,16 @@ class Queries:
         return sample | {"qid": qid, "kwargs": self.row(qid).kwargs}
 
     def record(self, sample: Mapping[str, Any], answer: Answer | None) -> dict[str, Any]:
-        """The line of `predictions.jsonl`: `gt` and `pred` on the clip's clock, `segments` on the file's."""
+        """The line of `predictions.jsonl`: `gt` and `pred` on the clip's clock, `segments` on the file's, and
+        `video_path`, where the video is (null where it must not be opened)."""
         row, trim = self.row(sample["qid"]), self.dataset.data.trim
         on_file = {
             name: [[*to_file_clock(Span(*window[:2]), row, trim), *window[2:]] for window in sample[key] or ()]
             for name, key in (("segments", "pred"), ("gt_segments", "gt"))
         }
         about = {"line": row.line, "video": row.video, "sentence": row.sentence}
+        path, fault = look_up_video(row, self.dataset.data.videos_root)
+        about |= {"video_path": os.path.abspath(path) if fault is None else None}
         about |= {"video_start": row.video_start, "video_end": row.video_end}
         said = {"text": answer.text, "fault": answer.fault} if answer else {}
         return {**sample, **about, **on_file, **said}

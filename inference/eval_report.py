@@ -143,13 +143,13 @@ def _grouping(samples: Sequence[Sample], key: str) -> Callable[[Sample], str | N
         match = nearest(key, known)
         hint = f"did you mean {match}? They have" if match else "they have"
         raise UserError(f"--by {key}: no row has it in kwargs; {hint} {', '.join(known[:20]) or 'no keys at all'}")
-    words = {_word(value) for value in given}
+    words = {word_of(value) for value in given}
     if len(words) > NUM_QUANTILES * 2 and all(_is_number(value) for value in given):
         edges = sorted({float(edge) for edge in np.quantile(given, np.arange(1, NUM_QUANTILES + 1) / NUM_QUANTILES)})
         return lambda sample: _quantile(_value(sample, key), min(given), edges)
     if len(words) > MAX_GROUPS:
         raise UserError(f"--by {key}: {len(words)} different values, more than {MAX_GROUPS}; choose a coarser key")
-    return lambda sample: _word(_value(sample, key))
+    return lambda sample: word_of(_value(sample, key))
 
 
 def _quantile(value: Any, least: float, edges: Sequence[float]) -> str:
@@ -170,7 +170,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
+    """The name of the group that a value of `kwargs` puts its row in."""
     if value is None:
         return NONE
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

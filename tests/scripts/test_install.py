@@ -365,12 +365,14 @@ def test_wheel_is_refused(tmp_path: Path) -> None:
 # --- scripts/test.sh --------------------------------------------------------------------------------------------------
 
 
-def run_tests(tmp_path: Path, script: str, *arguments: str, fails: str = "no such call") -> tuple[int, list[str], str]:
+def run_tests(
+    tmp_path: Path, script: str, *arguments: str, fails: str = "no such call", path: str = os.environ["PATH"]
+) -> tuple[int, list[str], str]:
     """Status, calls of Python and output of a script, started in another folder with a Python that only records."""
     python = tmp_path / "python"
     calls = tmp_path / "calls"
     write_program(python, f'#!/bin/sh\necho "$@" >>"{calls}"\ncase "$*" in *"{fails}"*) exit 1 ;; esac\n')
-    environment = os.environ | {"VTG_PYTHON": str(python)}
+    environment = os.environ | {"VTG_PYTHON": str(python), "PATH": path}
     command = [REPO_ROOT / script, *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     return result.returncode, calls.read_text().splitlines()[1:], result.stdout
@@ -381,9 +383,46 @@ FAST = f"-m pytest -m not ({SLOW})"
 SPREAD = "-n logical --maxprocesses 8 --dist loadfile"
 
 
-def test_fast_suite(tmp_path: Path) -> None:
-    status, calls, _ = run_tests(tmp_path, ".ci/run")
-    assert (status, calls) == (0, ["-m ruff check", "-m mypy", f"{FAST} {SPREAD}"])
+def path_with(tmp_path: Path, **programs: str) -> str:
+    """PATH with these scripts, and without the machine's own chromium and apt-get."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in (file for place in os.environ["PATH"].split(":") if place for file in Path(place).glob("*")):
+        if program.name not in ("chromium", "apt-get", *programs) and not (folder / program.name).exists():
+            (folder / program.name).symlink_to(program)
+    for name, text in programs.items():
+        write_program(folder / name.replace("_", "-"), f"#!/bin/sh\n{text}\n")
+    return str(folder)
+
+
+CI_CALLS = ["-m ruff check", "-m mypy", f"{FAST} {SPREAD}", f"{FAST} -m browser tests/inference"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ({"chromium": "exit 1"}, []),
+        ({"apt_get": 'echo "$*" >>apt_calls', "id": "echo 0"}, ["installing"]),
+        ({"apt_get": 'echo "$*" >>apt_calls', "id": "echo 1000"}, ["installing", "are skipped"]),
+        ({"apt_get": "exit 100", "id": "echo 0"}, ["installing", "are skipped"]),
+        ({"id": "echo 0"}, ["installing", "are skipped"]),
+    ],
+    ids=["there", "installed", "not root", "apt fails", "no apt"],
+)
+def test_check_of_a_change(programs: dict[str, str], said: list[str], tmp_path: Path) -> None:
+    """The fast suite and the tests in a browser, whether or not there is one."""
+    programs = {name: text.replace("apt_calls", f"{tmp_path}/apt") for name, text in programs.items()}
+    status, calls, output = run_tests(tmp_path, ".ci/run", path=path_with(tmp_path, **programs))
+    assert (status, [call for call in calls if call.startswith("-m")]) == (0, CI_CALLS)
+    assert [words for words in ("installing", "are skipped") if words in output] == said
+    installed = (tmp_path / "apt").read_text().splitlines() if (tmp_path / "apt").exists() else []
+    assert installed == (["update", "install -y --no-install-recommends chromium"] if said == ["installing"] else [])
+
+
+def test_check_stops_at_the_fast_suite(tmp_path: Path) -> None:
+    path = path_with(tmp_path, chromium="exit 1")
+    status, calls, _ = run_tests(tmp_path, ".ci/run", fails="mypy", path=path)
+    assert status == 1 and not any("browser tests" in call for call in calls)
 
 
 def test_arguments_go_to_pytest(tmp_path: Path) -> None:
