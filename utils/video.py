@@ -34,6 +34,7 @@ __all__ = [
     "plan_size",
     "probe_video",
     "read_clip",
+    "require_backend",
     "resize_clip",
     "write_mp4",
 ]
@@ -257,12 +258,7 @@ def read_clip(
         VideoReadError: the file cannot be read, or not in that stretch.
         UserError: unknown backend, or one whose package is missing.
     """
-    if backend not in BACKENDS:
-        hint = nearest(backend, BACKENDS)
-        raise UserError(
-            f"data.backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
-            + (f"; did you mean {hint!r}?" if hint else "")
-        )
+    require_backend(backend)
     with VideoFile(path) as file:
         if backend == "qwen_vl_utils":
             return _read_as_qwen(file, budget, start_s, end_s)
@@ -279,6 +275,16 @@ def read_clip(
         read = read_decord if backend == "decord" else read_pyav
         frames, times_s = read(file, stretch, choose, height, width)
     return VideoClip(frames, np.maximum(times_s - stretch.start_s, 0.0), stretch.start_s, length_s)
+
+
+def require_backend(backend: str) -> None:
+    """Raise UserError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        hint = nearest(backend, BACKENDS)
+        raise UserError(
+            f"data.backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            + (f"; did you mean {hint!r}?" if hint else "")
+        )
 
 
 def _read_as_qwen(file: VideoFile, budget: FrameBudget, start_s: float | None, end_s: float | None) -> VideoClip:
