@@ -8,12 +8,16 @@ result, one G-th of the memory. (Known for text as bifurcated attention, Athiwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE = next(name for name in ("cache", "past_key_values") if name in {f.name for f in fields(CausalLMOutputWithPast)})
+"""What models and `generate` call the cache, as keyword and in their outputs: `cache` from transformers 5.24 on."""
 
 
 class SharedPrefixLayer(DynamicLayer):

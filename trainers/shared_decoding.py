@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from datasets.collate_fns import pad_rows
 from datasets.encoding import Sample
 from trainers.generation import decode_texts, generation_options, reset_rope
-from trainers.prefix_cache import SharedPrefixCache
+from trainers.prefix_cache import CACHE, SharedPrefixCache
 from trainers.shared_prefix import backbone_of, enable_shared_prefix, make_prompt, video_inputs
 
 
@@ -53,7 +53,7 @@ def prefill(model: Any, prefixes: Sequence[Sample]) -> Prefilled:
             )
             ids.append(prompt.input_ids)
             following.append(prompt.position_ids.max() + 1)
-            caches.append(output.past_key_values)
+            caches.append(output[CACHE])
     finally:
         model.train(was_training)
         reset_rope(model)
@@ -98,7 +98,7 @@ def continue_texts(
     try:
         ids = model.generate(
             **inputs,
-            past_key_values=SharedPrefixCache(prefilled.cache, [len(group) for group in tails]),
+            **{CACHE: SharedPrefixCache(prefilled.cache, [len(group) for group in tails])},
             **generation_options(processor, max_new_tokens, sampling),
         )
     finally:

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, eager_attention_forward
 
 from trainers.generation import reset_rope
-from trainers.prefix_cache import CachedPrefix, SharedPrefixCache
+from trainers.prefix_cache import CACHE, CachedPrefix, SharedPrefixCache
 
 PREFIX = "shared_prefix_"
 """Name of the attention that understands `PrefixLayout`, before the name of the one it falls back to."""
@@ -228,7 +228,7 @@ def enable_shared_prefix(model: torch.nn.Module) -> None:
 
     The language model's attention is wrapped under a name of its own (the vision tower keeps its own); a call takes two
     keywords more: `prefix_layout`, and `gather_columns` (K,), which reduces the hidden states to those positions before
-    the output head. A `SharedPrefixCache` is taken as `past_key_values`. Calling it again changes nothing.
+    the output head. A `SharedPrefixCache` is taken as the cache. Calling it again changes nothing.
     """
     backbone = backbone_of(model)
     base = backbone.config.text_config._attn_implementation
@@ -252,7 +252,7 @@ class _PackedArguments:
     def take(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(kwargs)
         self.layout, self.columns = kwargs.pop("prefix_layout", None), kwargs.pop("gather_columns", None)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, SharedPrefixCache):
             self.layout = CachedPrefix.of(cache, kwargs.get("attention_mask"))
         return args, kwargs
@@ -335,7 +335,7 @@ def sample_shared(model: Any, prompts: Sequence[Prompt], num: int, generation_co
             input_ids=batch["input_ids"].repeat_interleave(num, dim=0),
             attention_mask=batch["attention_mask"].repeat_interleave(num, dim=0),
             position_ids=positions.repeat_interleave(num, dim=1),
-            past_key_values=SharedPrefixCache(output.past_key_values),
+            **{CACHE: SharedPrefixCache(output[CACHE])},
             generation_config=generation_config,
         )
     finally:

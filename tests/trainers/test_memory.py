@@ -17,6 +17,7 @@ from trainers.memory import ModelShape, Parameters, Precision, Sharding, TextSha
 from trainers.memory_activations import Answering, Sequence
 from trainers.memory_plan import count_parameters, read_precision, what_trains
 from trainers.parts import LearningRates
+from trainers.prefix_cache import CACHE
 from trainers.shared_prefix import PrefixLayout, enable_shared_prefix
 from utils.config import LoraConfig, ModelConfig
 
@@ -364,7 +365,7 @@ def test_cache_of_a_shared_prompt_is_kept_once(shared: bool, rows: int) -> None:
 def test_cache_against_a_real_prefill(build: Callable[..., Any]) -> None:
     model = base_of(build(LORA_ONLY))
     with torch.no_grad():
-        cache = model(input_ids=torch.full((2, 50), 5), use_cache=True).past_key_values
+        cache = model(input_ids=torch.full((2, 50), 5), use_cache=True)[CACHE]
     real = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     text = ModelShape.from_config(model.config).text
     assert real == activations.cache_bytes(text, Precision(2, 4, 2, autocast=True), Answering(2, 50, 2, 0))
