@@ -169,7 +169,7 @@ class DataConfig(StrictModel):
     videos_root: Annotated[Path, Field(strict=False)] | None = None
     """Folder that relative video paths start from, and that no row may leave by `..`, an absolute path or a symbolic
     link; null: the annotation file's folder, then the working directory, and any path is opened."""
-    backend: Literal["decord", "pyav", "qwen_vl_utils"] = "decord"
+    backend: Literal["auto", "decord", "pyav", "qwen_vl_utils"] = "auto"
     """Video decoder."""
     fps: float = Field(2.0, gt=0)
     """Frames sampled per second of video."""

@@ -30,7 +30,7 @@ CHILD_CODE = "from utils.decode_child import serve; serve()"
 START_LIMIT_S = 120.0
 """How long the child may take to start: it imports NumPy and a decoder, perhaps from a slow disk."""
 
-CHATTER_SHOWN = 2000
+CHATTER_SHOWN = 500
 """Of what decoders write to standard error, the last bytes are shown."""
 
 _OUTSIDE_ENDS = (0, -signal.SIGKILL, -signal.SIGTERM)

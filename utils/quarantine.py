@@ -167,7 +167,7 @@ class Quarantine:
     def _read(self) -> Iterator[Inmate]:
         assert self.path is not None
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # whoever writes the last one may not be done
         except OSError as problem:
             self._warn(f"data.quarantine={self.path} cannot be read ({problem})")
             return

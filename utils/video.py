@@ -39,7 +39,7 @@ __all__ = [
     "write_mp4",
 ]
 
-BACKENDS = ("decord", "pyav", "qwen_vl_utils")
+BACKENDS = ("auto", "decord", "pyav", "qwen_vl_utils")
 
 SIZE_FACTOR = 32
 """Height and width are multiples of this: patches of 16 pixels, merged 2 x 2."""
@@ -237,7 +237,7 @@ def read_clip(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
-    backend: str = "decord",
+    backend: str = "auto",
 ) -> VideoClip:
     """Sample and decode [start_s, end_s) of a video file, resized into the budget.
 

@@ -420,8 +420,8 @@ def plain_errors(path: str) -> Iterator[None]:
 
     try:
         yield
-    except MemoryError as error:  # FFmpeg's is one of its errors, too
-        raise VideoReadError(path, "there is not enough memory to decode it") from error
+    except (MemoryError, BlockingIOError) as error:  # FFmpeg's own among them; the second: no more threads to be had
+        raise VideoReadError(path, f"there is not enough memory to decode it ({error})") from error
     except (av.error.FFmpegError, EOFError) as error:
         what = getattr(error, "strerror", None) or str(error)
         raise VideoReadError(path, f"not a video, damaged or cut short ({what})") from error
