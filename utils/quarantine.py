@@ -60,7 +60,9 @@ def decode(
         raise
 
 
-def decode_clip(path: str | os.PathLike[str], data: DataConfig, start_s: float | None, end_s: float | None) -> VideoClip:
+def decode_clip(
+    path: str | os.PathLike[str], data: DataConfig, start_s: float | None = None, end_s: float | None = None
+) -> VideoClip:
     """`decode` as the configuration says. Raises what `decode` does."""
     return decode(
         path, data.budget, start_s=start_s, end_s=end_s,

@@ -395,7 +395,7 @@ def decoder_threads(num_pixels: int) -> int:
 def check_is_file(path: str) -> None:
     """Raise a `VideoReadError` in plain words unless `path` is a regular, readable file with something in it."""
     try:
-        # Not blocking: opening a pipe would wait for its other end. Looked at once it is open, so that it cannot be one.
+        # Not blocking: opening a pipe would wait for its other end. Looked at when it is open, and so the file itself.
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(number)

@@ -140,7 +140,7 @@ def resident_mib(pid: int) -> float:
 def growth_mib(readings: Sequence[dict[str, float]]) -> dict[str, float]:
     """What each process gained from the second reading, when everything has been in use once, to the last.
 
-    >>> growth_mib([{"decodes": 1, "worker_mib": 90}, {"decodes": 2, "worker_mib": 95}, {"decodes": 4, "worker_mib": 96}])
+    >>> growth_mib([{"decodes": n, "worker_mib": mib} for n, mib in ((1, 90), (2, 95), (4, 96))])
     {'worker_mib': 1}
     """
     first, last = readings[1], readings[-1]

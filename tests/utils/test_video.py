@@ -518,7 +518,7 @@ def test_a_header_that_counts_too_many_frames_is_not_believed(folder, backend):
     [(352, 640, 0, 0), (360, 640, 2, 16), (720, 1280, 2, 16), (48, 64, 2, 16)],  # as they are; smaller; smaller; larger
 )
 def test_decord_and_pyav_give_the_same_pixels_but_for_their_scalers(folder, height, width, mean, most):
-    """The decoded pictures are equal to the bit; decord resizes by another filter. docs/benchmarks.md has the figures."""
+    """The decoded pictures are equal to the bit; decord resizes by another filter. See docs/benchmarks.md."""
     from PIL import Image
 
     path = folder / f"textured-{height}.mp4"
