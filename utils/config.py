@@ -200,6 +200,13 @@ class DataConfig(StrictModel):
     select: SelectConfig | None = None
     """A choice of the training rows, for GRPO; null takes all."""
 
+    @field_validator("quarantine", mode="before")
+    @classmethod
+    def _is_a_file(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("must be the path of a list, or null to keep it in memory")
+        return value
+
     def rules(self) -> Iterable[Broken]:
         """Minima are no more than maxima."""
         for low, high in (("min_frames", "max_frames"), ("min_pixels_per_frame", "max_pixels_per_frame")):

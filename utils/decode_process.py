@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+
+import numpy as np
 
 from utils.common import REPO_ROOT, UserError
-from utils.decode_child import Answer, Request, receive, send
+from utils.decode_child import Answer, Request, receive_answer, send
 from utils.logging_utils import get_logger
 from utils.video import FrameBudget, VideoClip, require_backend
 from utils.video_file import MAX_THREADS, VideoReadError, in_worker
@@ -67,9 +68,8 @@ def read_clip_apart(
     request = Request(os.path.abspath(path), budget, start_s, end_s, backend, timeout_s)
     with _state.lock:
         answer, frames = _ask(os.fspath(path), request)
-    if answer.kind == "clip":
-        assert answer.times_s is not None and frames is not None
-        return VideoClip(frames, answer.times_s, answer.start_s, answer.duration_s)
+    if answer.kind == "clip" and frames is not None:
+        return VideoClip(frames, np.array(answer.times_s, dtype=np.float64), answer.start_s, answer.duration_s)
     if answer.kind == "user_error":
         raise UserError(answer.text)
     if answer.kind == "bug":
@@ -89,7 +89,7 @@ def close_child() -> None:
         _state.child = None
 
 
-def _ask(path: str, request: Request) -> tuple[Answer, Any]:
+def _ask(path: str, request: Request) -> tuple[Answer, np.ndarray | None]:
     """The answer and its pixels. The child is started if need be, and given up whenever it does not answer."""
     for is_last in (False, True):
         child = _running_child(request.backend)
@@ -151,7 +151,7 @@ class _Child:
             except OSError as error:
                 raise _not_started(error) from error
         try:
-            ready = receive(self.channel, time.monotonic() + START_LIMIT_S)
+            ready = receive_answer(self.channel, time.monotonic() + START_LIMIT_S)
         except (EOFError, OSError) as error:
             self.kill()
             raise _not_started(error) from error
@@ -160,14 +160,13 @@ class _Child:
             self.kill()
             raise _not_started(text)
 
-    def ask(self, request: Request, deadline: float) -> tuple[Answer, Any] | None:
+    def ask(self, request: Request, deadline: float) -> tuple[Answer, np.ndarray | None] | None:
         """The answer and its pixels, None when the child died. Raises TimeoutError past `deadline`."""
         try:
             send(self.channel, request)
-            found = receive(self.channel, deadline)
+            return receive_answer(self.channel, deadline)
         except (ConnectionError, EOFError):
             return None
-        return found if found is None or isinstance(found, tuple) else (found, None)
 
     def chatter(self) -> str:
         """What was written to standard error since the last call: its end, one line."""

@@ -23,13 +23,13 @@ from utils.video import write_mp4
 TIMEOUT_S = 1.0
 
 HANGS = """
-import ctypes
+import ctypes, os
 from utils import decode_child
 
 real = decode_child.read_clip
 
 def read(path, *args, **kwargs):
-    if "hanging" in path:
+    if os.path.basename(path) == "hanging.mp4":
         ctypes.PyDLL(None).sleep(600)
     return real(path, *args, **kwargs)
 

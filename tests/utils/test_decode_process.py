@@ -159,6 +159,15 @@ def test_the_same_errors(video, tmp_path, monkeypatch):
         read(video, timeout_s=0)
 
 
+def test_names_and_bounds_of_every_kind(video):
+    """A name that is no UTF-8, bounds of NumPy's types, none and infinite."""
+    odd = os.path.join(os.fsencode(video.parent), b"odd \xff\n.mp4")
+    os.link(video, odd)
+    wanted = read_clip(video, BUDGET, backend="pyav", start_s=1.0)
+    for start_s, end_s in ((np.float32(1), None), (np.int64(1), np.float64(4)), (1, float("inf"))):
+        assert_same(read(os.fsdecode(odd), start_s=start_s, end_s=end_s), wanted)
+
+
 def test_a_fault_of_ours_is_no_fault_of_the_file(named):
     with pytest.raises(RuntimeError, match=r"(?s)buggy.mp4 failed in the decoding process.*no_such_attribute"):
         read(named("buggy"))
