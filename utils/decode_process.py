@@ -31,6 +31,9 @@ CHILD_CODE = "from utils.decode_child import serve; serve()"
 START_LIMIT_S = 120.0
 """How long the child may take to start: it imports NumPy and a decoder, perhaps from a slow disk."""
 
+END_LIMIT_S = 10.0
+"""How long the end of a child is waited for that was killed."""
+
 CHATTER_SHOWN = 500
 """Of what decoders write to standard error, the last bytes are shown."""
 
@@ -97,7 +100,8 @@ def _ask(path: str, request: Request) -> tuple[Answer, np.ndarray | None]:
             found = child.ask(request, time.monotonic() + request.timeout_s)
         except TimeoutError:
             close_child()
-            raise DecoderStopped(path, f"did not decode within data.decode_timeout_s={request.timeout_s:g}") from None
+            what = f"did not decode within data.decode_timeout_s={request.timeout_s:g}"
+            raise DecoderStopped(path, f"{what}; raise that for very long videos and slow disks") from None
         except BaseException:  # Ctrl-C: the answer to this request must not be taken for that to the next
             close_child()
             raise
@@ -106,7 +110,7 @@ def _ask(path: str, request: Request) -> tuple[Answer, np.ndarray | None]:
             if chatter:
                 get_logger().warning("%s: %s", path, chatter)
             return found
-        status = child.process.wait()
+        status = child.process.wait(END_LIMIT_S)  # the socket closed because it ends
         close_child()
         if is_last or status not in _OUTSIDE_ENDS:
             raise DecoderStopped(path, _last_words(status, chatter))
@@ -181,7 +185,10 @@ class _Child:
     def kill(self) -> None:
         """End it at once, wherever it is."""
         self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:  # nothing ends a process that waits for a dead disk; nor will we wait for it
+            get_logger().warning("the decoding process %d does not end and is left behind", self.process.pid)
         self.forget()
 
     def forget(self) -> None:

@@ -75,8 +75,8 @@ def test_an_epoch_with_a_hanging_video_ends(dataset: VideoTemporalDataset, tmp_p
         reasons = [reason for _, reason in faults]
         assert all(f"cannot read the video {tmp_path / 'hanging.mp4'}: " in reason for reason in reasons)
         limit = f"did not decode within data.decode_timeout_s={TIMEOUT_S:g}"
-        assert reasons[0].endswith(limit) is (epoch == 1)
-        assert "in quarantine since" in reasons[1] and limit in reasons[1]
+        assert all(limit in reason for reason in reasons)
+        assert ["in quarantine since" in reason for reason in reasons] == [epoch == 2, True]
         assert taken > TIMEOUT_S or epoch == 2
     assert len((tmp_path / "cache/list.jsonl").read_text().splitlines()) == 1
     FaultCounter(8, max_fraction=0.25).add(faults)

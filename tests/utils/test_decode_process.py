@@ -238,6 +238,22 @@ def test_pyav_reads_what_hangs_decord(named, video):
     assert_same(read(video, backend="decord"), read_clip(video, BUDGET, backend="decord"))
 
 
+def test_a_child_that_nothing_ends_is_left_behind(named, video, monkeypatch, caplog):
+    """As one in an uninterruptible wait for a disk: here its kill has no effect."""
+    path = named("sleeping")
+    read(video)
+    left = decode_process._state.child.process
+    monkeypatch.setattr(decode_process, "END_LIMIT_S", 0.1)
+    monkeypatch.setattr(left, "kill", lambda: None)
+    with pytest.raises(DecoderStopped, match="did not decode"):
+        read(path, timeout_s=0.2)
+    assert f"the decoding process {left.pid} does not end and is left behind" in caplog.text
+    monkeypatch.undo()
+    assert len(read(video).frames) == 16 and child_pid() != left.pid
+    os.kill(left.pid, signal.SIGKILL)
+    os.waitpid(left.pid, 0)
+
+
 def test_a_child_that_cannot_start_is_named(video, monkeypatch):
     close_child()
     monkeypatch.setattr(decode_process, "CHILD_CODE", "import no_such_module")
