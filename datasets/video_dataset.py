@@ -17,10 +17,11 @@ from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
+from utils.quarantine import decode_clip
 from utils.rows import Row, clip_bounds, load_annotations, look_up_video, model_windows
 from utils.selection import select_rows
 from utils.spans import parse_spans
-from utils.video import FrameBudget, VideoClip, VideoReadError, clip_from_frames, plan_num_frames, plan_size, read_clip
+from utils.video import FrameBudget, VideoClip, VideoReadError, clip_from_frames, plan_num_frames, plan_size
 
 _MARKER_TOKENS = 9
 """Tokens of one `<12.5 seconds>` marker with its vision_start and vision_end; an estimate for length grouping only."""
@@ -141,7 +142,7 @@ class VideoTemporalDataset(Dataset[Sample]):
         path, fault = look_up_video(row, self.data.videos_root)
         if fault is not None:
             raise VideoReadError(path, fault)
-        return read_clip(path, self.data.budget, start_s=start_s, end_s=end_s, backend=self.data.backend)
+        return decode_clip(path, self.data, start_s, end_s)
 
     def sample(self, index: int) -> Sample:
         """The sample of row `index`. Raises VideoReadError for a video that cannot be read."""

@@ -535,7 +535,7 @@ def test_rows_that_leave_the_root_are_counted_bad(
 def never_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The videos that were opened, instead of opening them."""
     opened: list[str] = []
-    monkeypatch.setattr("datasets.video_dataset.read_clip", lambda path, *_args, **_more: opened.append(path.name))
+    monkeypatch.setattr("datasets.video_dataset.decode_clip", lambda path, *_args, **_more: opened.append(path.name))
     return opened
 
 

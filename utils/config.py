@@ -169,8 +169,8 @@ class DataConfig(StrictModel):
     videos_root: Annotated[Path, Field(strict=False)] | None = None
     """Folder that relative video paths start from, and that no row may leave by `..`, an absolute path or a symbolic
     link; null: the annotation file's folder, then the working directory, and any path is opened."""
-    backend: Literal["decord", "pyav", "qwen_vl_utils"] = "decord"
-    """Video decoder."""
+    backend: Literal["auto", "decord", "pyav", "qwen_vl_utils"] = "auto"
+    """Video decoder; auto takes the fastest."""
     fps: float = Field(2.0, gt=0)
     """Frames sampled per second of video."""
     min_frames: int = Field(4, ge=1)
@@ -189,10 +189,23 @@ class DataConfig(StrictModel):
     """What to do with a longer prompt: sample fewer frames evenly and say so, or count the row as bad."""
     trim: Literal["relative", "absolute", "pre_cut"] = "relative"
     """What `timestamp` counts from in a row with video_start: that point, the file's start, or a file already cut."""
+    decode_timeout_s: float | None = Field(300.0, gt=0)
+    """Seconds after which the decoding of one clip is given up and its process killed; null decodes in the reading
+    process itself, where nothing can end a hang, and a crash ends the run."""
+    quarantine: Annotated[Path, Field(strict=False)] | None = None
+    """JSONL list of the videos on which a decoder hung or crashed, shared by all processes: they are not tried again.
+    null: each process remembers its own."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of bad rows and unreadable videos past which a run stops; each one is named and counted."""
     select: SelectConfig | None = None
     """A choice of the training rows, for GRPO; null takes all."""
+
+    @field_validator("quarantine", mode="before")
+    @classmethod
+    def _is_a_file(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("must be the path of a list, or null to keep it in memory")
+        return value
 
     def rules(self) -> Iterable[Broken]:
         """Minima are no more than maxima."""

@@ -34,11 +34,15 @@ __all__ = [
     "plan_size",
     "probe_video",
     "read_clip",
+    "require_backend",
     "resize_clip",
     "write_mp4",
 ]
 
-BACKENDS = ("decord", "pyav", "qwen_vl_utils")
+BACKENDS = ("auto", "decord", "pyav", "qwen_vl_utils")
+"""`auto` is PyAV for every file: measured, decord was nowhere faster (docs/benchmarks.md, "Decoding"), because what a
+file holds, and when it shows it, must be looked up by PyAV first in any case. It needs no second package, and leaves
+room for another choice."""
 
 SIZE_FACTOR = 32
 """Height and width are multiples of this: patches of 16 pixels, merged 2 x 2."""
@@ -236,7 +240,7 @@ def read_clip(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
-    backend: str = "decord",
+    backend: str = "auto",
 ) -> VideoClip:
     """Sample and decode [start_s, end_s) of a video file, resized into the budget.
 
@@ -249,20 +253,15 @@ def read_clip(
         budget: sampling rate and limits.
         start_s: where to begin, seconds on the file's clock; None is its beginning.
         end_s: where to stop; None is its end.
-        backend: `decord` (files it cannot read exactly go to PyAV), `pyav`, or `qwen_vl_utils` (its `fetch_video`
-            chooses the frames by its own rules, for parity with published evaluations; the times are still the true
-            ones).
+        backend: `auto` (the fastest: see `BACKENDS`), `pyav`, `decord` (files it cannot read exactly go to PyAV), or
+            `qwen_vl_utils` (its `fetch_video` chooses the frames by its own rules, for parity with published
+            evaluations; the times are still the true ones).
 
     Raises:
         VideoReadError: the file cannot be read, or not in that stretch.
         UserError: unknown backend, or one whose package is missing.
     """
-    if backend not in BACKENDS:
-        hint = nearest(backend, BACKENDS)
-        raise UserError(
-            f"data.backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
-            + (f"; did you mean {hint!r}?" if hint else "")
-        )
+    require_backend(backend)
     with VideoFile(path) as file:
         if backend == "qwen_vl_utils":
             return _read_as_qwen(file, budget, start_s, end_s)
@@ -279,6 +278,16 @@ def read_clip(
         read = read_decord if backend == "decord" else read_pyav
         frames, times_s = read(file, stretch, choose, height, width)
     return VideoClip(frames, np.maximum(times_s - stretch.start_s, 0.0), stretch.start_s, length_s)
+
+
+def require_backend(backend: str) -> None:
+    """Raise UserError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        hint = nearest(backend, BACKENDS)
+        raise UserError(
+            f"data.backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            + (f"; did you mean {hint!r}?" if hint else "")
+        )
 
 
 def _read_as_qwen(file: VideoFile, budget: FrameBudget, start_s: float | None, end_s: float | None) -> VideoClip:

@@ -8,6 +8,7 @@ does not have: asked for one, it hangs inside native code or repeats a neighbour
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -33,6 +34,9 @@ DECORD_TIME_SLACK_S = 2e-3
 DECORD_DEADLINE_S = 60.0
 DECORD_DEADLINE_PER_PACKET_S = 0.05
 """After this long a call into decord counts as hung: far beyond the slowest honest decode (4K on a busy core)."""
+
+LONGEST_WAIT_S = math.inf
+"""A call into decord is never waited for longer. `utils.decode_child`, whose parent waits for it in turn, sets it."""
 
 Choose = Callable[[np.ndarray], np.ndarray]
 """Given the times of the frames there are (seconds, ascending), the indices of those to read, ascending."""
@@ -79,13 +83,12 @@ def read_decord(file: VideoFile, stretch: Stretch, choose: Choose, height: int, 
         return None if first is None else reader.get_batch(first + chosen).asnumpy()
 
     try:
-        frames = with_deadline(read, DECORD_DEADLINE_S + DECORD_DEADLINE_PER_PACKET_S * len(stretch.log.ticks))
+        frames = with_deadline(read, decord_deadline_s(len(stretch.log.ticks)))
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
         # Worth no warning: PyAV reads the same frames (decord 0.6 knows no AV1, for one).
         logger.info("decord cannot read %s; read by PyAV instead (%s)", file.path, str(error).split("\n")[0])
         frames = None
     except FutureTimeoutError:
-        _decord_hung.set()
         logger.warning("decord hangs on %s; this process reads by PyAV from here on (data.backend: pyav)", file.path)
         frames = None
     if frames is None or frames.shape != (len(chosen), height, width, 3):
@@ -95,6 +98,16 @@ def read_decord(file: VideoFile, stretch: Stretch, choose: Choose, height: int, 
 
 _decord_hung = threading.Event()
 """Set once a call into decord did not come back: its thread spins on, so no second one is risked."""
+
+
+def decord_hung() -> bool:
+    """Whether a call into decord did not come back in this process, one of whose threads is then stuck for good."""
+    return _decord_hung.is_set()
+
+
+def decord_deadline_s(num_packets: int) -> float:
+    """How long a call into decord is waited for that reads this many packets."""
+    return min(DECORD_DEADLINE_S + DECORD_DEADLINE_PER_PACKET_S * num_packets, LONGEST_WAIT_S)
 
 
 def open_decord(file: VideoFile, width: int = -1, height: int = -1) -> Any:
@@ -136,7 +149,8 @@ def decord_index(reader: Any, file: VideoFile, stretch: Stretch) -> int | None:
 
 
 def with_deadline(function: Callable[[], Result], seconds: float) -> Result:
-    """Run `function` in a thread of its own and wait at most `seconds`; raises `concurrent.futures.TimeoutError`.
+    """Run `function` in a thread of its own and wait at most `seconds`; raises `concurrent.futures.TimeoutError`, and
+    `decord_hung` is true from then on.
 
     The thread is a daemon: one stuck in native code neither blocks the caller nor the end of the process.
     """
@@ -149,7 +163,12 @@ def with_deadline(function: Callable[[], Result], seconds: float) -> Result:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return future.result(timeout=seconds)
+    try:
+        return future.result(timeout=seconds)
+    except FutureTimeoutError:
+        if not future.done():  # what `function` itself raised may be one, too
+            _decord_hung.set()
+        raise
 
 
 def read_qwen(
@@ -182,7 +201,7 @@ def read_qwen(
     request: dict[str, Any] = {"type": "video", "video": os.path.abspath(file.path), **limits}
     if start_s is not None or end_s is not None:
         request |= {"video_start": stretch.start_s, "video_end": stretch.end_s}
-    seconds = DECORD_DEADLINE_S + DECORD_DEADLINE_PER_PACKET_S * len(everything.ticks)
+    seconds = decord_deadline_s(len(everything.ticks))
     try:
         video, metadata = with_deadline(
             lambda: fetch(request, image_patch_size=16, return_video_metadata=True), seconds

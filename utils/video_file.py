@@ -35,6 +35,10 @@ END_SLACK_S = 0.5
 """How far past the end of the video a stretch may reach, and a file fall short of its own header. Annotated ends are
 rounded and often taken from the sound track; anything beyond is a wrong row or a file cut short."""
 
+MAX_THREADS = 4
+"""Threads of one decoder at most. The process that decodes for a DataLoader worker (`utils.decode_child`) sets it to 1:
+it is a worker in all but name."""
+
 KEPT_PACKET_BYTES = 64 * 2**20
 """Compressed packets held from the index pass for decoding; past this, the stretch is read from the disk twice."""
 
@@ -372,33 +376,41 @@ class VideoFile:
         context.flush_buffers()
 
 
+def in_worker() -> bool:
+    """Whether this is a worker process of multiprocessing, as those of a DataLoader are."""
+    return multiprocessing.parent_process() is not None
+
+
 def decoder_threads(num_pixels: int) -> int:
-    """Threads for one decoder: one in a worker process or for small pictures, else up to four.
+    """Threads for one decoder: one in a worker process or for small pictures, else up to `MAX_THREADS`.
 
     DataLoader workers already use every core, one video each; threads inside them only fight. Below about 320 x 240
     starting a thread costs more than decoding the picture.
     """
-    if multiprocessing.parent_process() is not None or num_pixels <= 320 * 240:
+    if in_worker() or num_pixels <= 320 * 240:
         return 1
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def check_is_file(path: str) -> None:
     """Raise a `VideoReadError` in plain words unless `path` is a regular, readable file with something in it."""
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise VideoReadError(path, "it is a directory")
-        if not stat.S_ISREG(status.st_mode):
-            raise VideoReadError(path, "it is not a regular file")
-        if status.st_size == 0:
-            raise VideoReadError(path, "the file is empty (0 bytes)")
-        with open(path, "rb"):
-            pass
+        # Not blocking: opening a pipe would wait for its other end. Looked at when it is open, and so the file itself.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(number)
+        finally:
+            os.close(number)
     except FileNotFoundError:
         raise VideoReadError(path, "no such file") from None
     except OSError as error:
         raise VideoReadError(path, (error.strerror or str(error)).lower()) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoReadError(path, "it is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoReadError(path, "it is not a regular file")
+    if status.st_size == 0:
+        raise VideoReadError(path, "the file is empty (0 bytes)")
 
 
 @contextmanager
@@ -408,6 +420,8 @@ def plain_errors(path: str) -> Iterator[None]:
 
     try:
         yield
+    except (MemoryError, BlockingIOError) as error:  # FFmpeg's own among them; the second: no more threads to be had
+        raise VideoReadError(path, f"there is not enough memory to decode it ({error})") from error
     except (av.error.FFmpegError, EOFError) as error:
         what = getattr(error, "strerror", None) or str(error)
         raise VideoReadError(path, f"not a video, damaged or cut short ({what})") from error
