@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from trainers.model import ADAPTER_CONFIG, WeightSource, load_adapter, load_base, load_processor, resolve_source
+from trainers.model import (
+    ADAPTER_CONFIG,
+    TOWER,
+    WeightSource,
+    holds_tower,
+    load_adapter,
+    load_base,
+    load_processor,
+    resolve_source,
+)
 from trainers.parts import LearningRates
 from utils.checkpoints import manifest_problems, replace_folder, saving, start_save, unfinished_of, write_manifest
 from utils.common import UserError, write_json
@@ -46,6 +55,10 @@ def merge_reason(adapter: Path, lora: LoraConfig, rates: LearningRates) -> str |
     wanted = set(lora.target_modules) - set(lora.modules_to_save)
     if wanted != targets:
         return f"lora.target_modules asks for {sorted(wanted)}, and the adapter has {sorted(targets)}"
+    if TOWER in saved:  # a replaced vision tower, whole
+        saved |= {"merger", "patch_embed"}
+    if stored.get("ensure_weight_tying") and any(name.endswith("embed_tokens") for name in saved):
+        saved |= {"embed_tokens", "lm_head"}  # one tensor, of which PEFT writes down one name
     if lacking := _wanted_in_full(lora, rates) - saved:
         return f"{sorted(lacking)} should train in full, and the adapter has no copy of it"
     return None
@@ -104,7 +117,8 @@ def merged_weights(source: WeightSource, config: ModelConfig, dtype: torch.dtype
     """
     assert source.adapter is not None
     tower = source.contract.vision_tower if source.contract else None
-    base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower)
+    stored = holds_tower(source.base, tower)
+    base: Any = load_base(source.base, config, dtype=dtype, vision_tower=tower, tower_is_stored=stored)
     was_tied = bool(base.config.tie_word_embeddings)
     options = {"fp32_copies": True, "allow_pickle": config.allow_pickle}
     wrapped = load_adapter(base, source.adapter, trainable=False, **options)

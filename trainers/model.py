@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers.utils import ModelOutput
 
 from trainers.parts import LearningRates, describe_trainable, freeze_by_rate
 from trainers.vision_attention import batch_vision_frames
@@ -31,6 +32,8 @@ from utils.weight_files import PICKLE_KEY, refuse_own_code, require_safetensors
 MODEL_TYPE = "qwen3_vl"
 PRECISIONS = ("bfloat16", "float16", "float32")
 ADAPTER_CONFIG = "adapter_config.json"
+TOWER = "visual"
+"""Name of the vision tower's module; an adapter whose `modules_to_save` holds it carries a whole tower."""
 
 
 @dataclass
@@ -154,6 +157,14 @@ def _load_options(config: ModelConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
 
 
+def holds_tower(base: str, tower: str | None) -> bool:
+    """Whether `base` is full weights that were saved with the replaced vision tower `tower`."""
+    folder = Path(base)
+    if tower is None or not (folder / CONTRACT_FILE).is_file():
+        return False
+    return PromptContract.load(folder).vision_tower == tower
+
+
 # ---------------------------------------------------------------------------------------------- base weights
 def pick_attention(wanted: str) -> str:
     """`flash_attention_2` where it can be had, else `sdpa` with one line that says why; others as they are."""
@@ -237,12 +248,15 @@ def _refuse_pickle(name: str, hf_config: Any, config: ModelConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
-def peft_settings(lora: LoraConfig, model: Qwen3VLForConditionalGeneration, parts: LearningRates) -> dict[str, Any]:
+def peft_settings(
+    lora: LoraConfig, model: Qwen3VLForConditionalGeneration, parts: LearningRates, *, own_tower: bool = False
+) -> dict[str, Any]:
     """Arguments of `peft.LoraConfig` for this model.
 
     A module in both `target_modules` and `modules_to_save` trains in full: PEFT would let the second win in silence,
     and refuse when weights are tied. Tied embeddings stay one parameter. Vision parts with a learning rate train in
-    full.
+    full. A replaced vision tower (`own_tower`) is kept whole in the adapter, parts that do not train included: its
+    weights are in no base model.
     """
     to_save = list(lora.modules_to_save)
     both = [name for name in lora.target_modules if name in to_save]
@@ -261,11 +275,7 @@ def peft_settings(lora: LoraConfig, model: Qwen3VLForConditionalGeneration, part
             "then train "
             "in full), or take lm_head out of lora.target_modules"
         )
-    visual = model.model.visual
-    if parts.mm_projector > 0:
-        to_save += ["merger", *(f"deepstack_merger_list.{i}" for i in range(len(visual.deepstack_merger_list)))]
-    if parts.vision_tower > 0:
-        to_save += ["patch_embed", "pos_embed", *(f"visual.blocks.{i}" for i in range(len(visual.blocks)))]
+    to_save += [TOWER] if own_tower else _vision_modules(model.model.visual, parts)
     return {
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -277,14 +287,29 @@ def peft_settings(lora: LoraConfig, model: Qwen3VLForConditionalGeneration, part
     }
 
 
+def _vision_modules(visual: Any, parts: LearningRates) -> list[str]:
+    """Modules of Qwen3-VL's own tower that train in full."""
+    names: list[str] = []
+    if parts.mm_projector > 0:
+        names += ["merger", *(f"deepstack_merger_list.{i}" for i in range(len(visual.deepstack_merger_list)))]
+    if parts.vision_tower > 0:
+        names += ["patch_embed", "pos_embed", *(f"visual.blocks.{i}" for i in range(len(visual.blocks)))]
+    return names
+
+
 def add_lora(
-    model: Qwen3VLForConditionalGeneration, lora: LoraConfig, parts: LearningRates, *, fp32_copies: bool
+    model: Qwen3VLForConditionalGeneration,
+    lora: LoraConfig,
+    parts: LearningRates,
+    *,
+    fp32_copies: bool,
+    own_tower: bool = False,
 ) -> Any:
     """Wrap `model` in a trainable PEFT adapter. Raises UserError when a target names no module."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    settings = PeftLoraConfig(**peft_settings(lora, model, parts))
+    settings = PeftLoraConfig(**peft_settings(lora, model, parts, own_tower=own_tower))
     try:
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=fp32_copies)
     except ValueError as error:
@@ -374,8 +399,15 @@ def _cast_floats(dtype: torch.dtype) -> Callable[..., Any]:
 
 
 def _cast_output(dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output.to(dtype)
+        if isinstance(output, ModelOutput):  # a whole vision tower's
+            return type(output)(**{key: cast(value) for key, value in output.items()})
+        return type(output)(map(cast, output)) if isinstance(output, list | tuple) else output
+
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return output.to(dtype) if isinstance(output, torch.Tensor) else output
+        return cast(output)
 
     return hook
 
@@ -419,14 +451,14 @@ def load_policy(config: ModelConfig, lora: LoraConfig, rates: LearningRates, *, 
         config,
         dtype=dtype,
         vision_tower=tower,
-        tower_is_stored=stored is not None and source.adapter is None and tower == stored,
+        tower_is_stored=holds_tower(source.base, tower),
     )
     model: Any = base
     if source.adapter:
         options = {"fp32_copies": not deepspeed, "allow_pickle": config.allow_pickle}
         model = load_adapter(base, source.adapter, trainable=True, **options)
     elif lora.enabled:
-        model = add_lora(base, lora, rates, fp32_copies=not deepspeed)
+        model = add_lora(base, lora, rates, fp32_copies=not deepspeed, own_tower=tower is not None)
     freeze_by_rate(model, rates)
     get_logger().info(describe_trainable(model, rates))
     return Policy(model, processor, source.contract, tower)
@@ -462,7 +494,7 @@ def load_for_inference(
         config,
         dtype=getattr(torch, precision),
         vision_tower=tower,
-        tower_is_stored=tower is not None and source.adapter is None,
+        tower_is_stored=holds_tower(source.base, tower),
     )
     model: Any = base
     if source.adapter:

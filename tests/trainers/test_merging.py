@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLForConditionalGeneration
 
-from trainers.merging import MERGED, plan_start, settle_start
+from trainers.merging import MERGED, merge_reason, plan_start, settle_start
+from trainers.model import add_lora
 from trainers.parts import LearningRates
 from utils.checkpoints import manifest_problems
 from utils.common import REPO_ROOT, UserError
@@ -31,6 +33,34 @@ def test_the_same_shape_goes_on_with_the_adapter(start: ModelConfig, tmp_path: P
     assert settle_start(start, same, RATES, tmp_path) is start
     assert plan_start(start, same, RATES) is start
     assert not (tmp_path / MERGED).exists()
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_full_copies_of_head_and_embeddings_go_on(untied: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """The shipped lists. Where the two are one tensor, PEFT notes one of the names."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
+    if untied:
+        for config in (model.config, model.config.text_config):
+            config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.save_pretrained(base)
+    rates = LearningRates(1e-4, 0.0, 0.0, 1e-4)
+    shipped = LoraConfig(r=4, lora_alpha=8)
+    embeddings_alone = shipped.model_copy(
+        update={"modules_to_save": ("embed_tokens",), "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    )
+    reasons = {}
+    for name, lora in (("both", shipped), ("embeddings", embeddings_alone)):
+        folder = tmp_path / name
+        wrapped = add_lora(Qwen3VLForConditionalGeneration.from_pretrained(base), lora, rates, fp32_copies=True)
+        wrapped.save_pretrained(folder)
+        reasons[name] = merge_reason(folder, shipped, rates)
+    assert reasons["both"] is None
+    assert reasons["embeddings"] == (
+        "['lm_head'] should train in full, and the adapter has no copy of it" if untied else None
+    )
 
 
 def test_a_merge_is_made_once(start: ModelConfig, tmp_path: Path) -> None:

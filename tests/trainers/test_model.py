@@ -193,6 +193,70 @@ def test_vision_tower_can_be_replaced_saved_and_loaded(
         assert torch.equal(loaded.model(**inputs).logits, policy.model.eval()(**inputs).logits)
 
 
+def noisy_tower(vision_config, original: nn.Module) -> nn.Module:
+    """Random anew at each call, as the weights of a user's own encoder may be: only a checkpoint can say what they
+    were."""
+    tower = HalfTower(original)
+    tower.scale.data = torch.rand(())
+    return tower
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tower_lr", [0.0, 1e-4])
+def test_an_adapter_carries_a_replaced_vision_tower(
+    tower_lr: float,
+    dtype: str,
+    tiny_model: Path,
+    config_with: ConfigWith,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With LoRA the tower's own weights train at vision_tower_lr, are saved whole, and are found again: by inference,
+    by a run that goes on with the adapter, in merged weights, and under an adapter on top of those."""
+    import sys
+
+    from datasets.collate_fns import VideoCollator
+    from trainers.merging import settle_start
+    from utils.prompts import PromptContract
+
+    monkeypatch.setitem(sys.modules, "noisy_tower_plugin", sys.modules[__name__])
+    config = model_config(tiny_model, dtype).model_copy(update={"vision_tower": "noisy_tower_plugin:noisy_tower"})
+    rates = LearningRates(1e-4, 1e-4, tower_lr, 1e-4)
+    policy = load_policy(config, LORA, rates)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad and "visual" in name}
+    assert any(name.endswith("visual.modules_to_save.default.scale") for name in trained) == (tower_lr > 0)
+    assert any("visual.modules_to_save.default.inner.deepstack_merger_list.1" in name for name in trained)
+
+    settings = config_with()
+    dataset = VideoTemporalDataset(settings.data, policy.processor, settings.prompt)
+    batch = VideoCollator(policy.processor.tokenizer.pad_token_id, dataset.blank())([dataset[0]])
+    inputs = model_inputs(batch, torch.device("cpu"))
+
+    def logits(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**inputs).logits.float()
+
+    def save(policy, name: str) -> str:
+        policy.model.save_pretrained(tmp_path / name)
+        policy.processor.save_pretrained(tmp_path / name)
+        PromptContract.current(settings.prompt, settings.data, policy.vision_tower).save(tmp_path / name)
+        return str(tmp_path / name)
+
+    adapter = save(policy, "adapter")
+    again = model_config(Path(adapter), dtype)
+    near = 1e-5 if dtype == "float32" else 0.05  # copies are fp32 in training alone
+    expected = logits(policy.model)
+    assert torch.allclose(logits(load_for_inference(adapter, dtype=dtype).model), expected, atol=near)
+    assert torch.equal(logits(load_policy(again, LORA, rates).model), expected)
+    assert settle_start(again, LORA, rates, tmp_path / "same") is again
+    merged = settle_start(again, LORA.model_copy(update={"r": 2}), rates, tmp_path / "other")
+    on_top = load_policy(merged, LORA.model_copy(update={"r": 2}), rates)
+    assert torch.allclose(logits(on_top.model), expected, atol=near)
+    assert torch.allclose(
+        logits(load_for_inference(save(on_top, "on_top"), dtype=dtype).model), expected, atol=near
+    )
+
+
 def test_vision_tower_that_cannot_be_imported_names_the_key(tiny_model: Path) -> None:
     config = ModelConfig(name_or_path=str(tiny_model), vision_tower="no_such_package:tower")
     with pytest.raises(UserError, match="model.vision_tower='no_such_package:tower' cannot be imported"):

@@ -55,9 +55,10 @@ def sft_adapter(answering_model: Path, tmp_path: Path) -> Path:
     base = tmp_path / "base"
     shutil.copytree(answering_model, base)
     model = Qwen3VLForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "lm_head"), modules_to_save=("embed_tokens",))
+    lists = {"target_modules": ("q_proj", "lm_head"), "modules_to_save": ("embed_tokens", "lm_head")}
+    lora = LoraConfig(r=4, lora_alpha=8, **lists)
     torch.manual_seed(0)
-    wrapped = add_lora(model, lora.model_copy(update={"target_modules": ("q_proj",)}), RATES, fp32_copies=True)
+    wrapped = add_lora(model, lora, RATES, fp32_copies=True)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -72,7 +73,11 @@ def sft_adapter(answering_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-ADAPTER = ("lora.r=4", "lora.lora_alpha=8", "lora.target_modules=[q_proj]", "lora.modules_to_save=[embed_tokens]")
+ADAPTER = (
+    "lora.r=4", "lora.lora_alpha=8",
+    "lora.target_modules=[q_proj, lm_head]", "lora.modules_to_save=[embed_tokens, lm_head]",
+)  # fmt: skip
+"""Its shape, with the head in both lists as in the shipped configurations."""
 
 
 # ---------------------------------------------------------------------------------------------- scoring
