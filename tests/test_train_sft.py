@@ -85,7 +85,8 @@ def test_a_whole_run_and_its_resume(arguments: list[str], run: Run, tmp_path: Pa
     for name in ("config.yaml", "environment.json", "log.txt", "prompt_contract.json"):
         assert (folder / name).stat().st_size > 0, name
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"]
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(environment["git"]) and environment["versions"]["transformers"]
     assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
     assert manifest_problems(folder / "checkpoint-best") == [] == manifest_problems(folder / "checkpoint-final")
     records = read_metrics(tmp_path / "metrics" / "run.jsonl")
@@ -160,6 +161,31 @@ def test_all_missing_annotation_files_are_named_before_anything_is_written(
     last = result.err.strip().splitlines()[-1]
     assert "data.train names a.jsonl; data.train names b.jsonl; data.val names c.jsonl: no such file" in last
     assert result.status == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["--output_dir", "training.metrics_dir", "training.logging_dir"])
+def test_a_folder_that_cannot_be_made_is_named(key: str, arguments: list[str], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    place = tmp_path / "file" / "folder"
+    result = run(arguments, *([key, str(place)] if key.startswith("-") else [f"{key}={place}"]))
+    last = result.err.strip().splitlines()[-1]
+    assert result.status == 2 and last.startswith(f"error: {key} {place} cannot be made a folder: ")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_run_that_left_no_checkpoint_is_begun_anew_and_its_log_kept(
+    arguments: list[str], run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoint-2").mkdir(parents=True)  # cut off in its first save
+    (folder / "checkpoint-2/model.safetensors").write_bytes(b"half")
+    (folder / "log.txt").write_text("a line of the earlier run\n")
+    short = ["training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"]
+    result = run(arguments, *short)
+    assert result.status == 0 and "checkpoint-2 is passed over, starting from the beginning" in result.err
+    assert (folder / "log.txt").read_text().startswith("a line of the earlier run\n")
+    assert (folder / "checkpoint-2/model.safetensors").read_bytes() == b"half"
+    assert manifest_problems(folder / "checkpoint-final") == []
 
 
 def test_the_record_of_a_run_repeats_it(arguments: list[str], run: Run, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 """The folder that holds `utils/`, `datasets/`, `configs/` and the entry scripts."""
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class UserError(ValueError):
     """A mistake the user can mend. The message names the file, line or key, the value, the rule and the remedy.
 
@@ -59,10 +62,20 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
     """Open a temporary sibling of `path` for writing; on success sync it and rename it over `path`.
 
     A reader sees the old file or the whole new one, never half of it. On any error the temporary file is removed.
+    Raises UserError for a place that cannot be written to, such as a folder without permission.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        open(temporary, "ab").close()
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise UserError(
+            f"{target} cannot be written: {error.strerror} ({error.filename}). Choose another place, or change its "
+            "permissions"
+        ) from error
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle
@@ -173,7 +186,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _DISK_FULL:
             raise
         where = error.filename or "the output folder"
         print(f"error: no space left on the disk that holds {where}; free some space and run again", file=sys.stderr)  # noqa: T201

@@ -61,8 +61,8 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
     What a killed run left is put in place or passed over, with a warning.
     `config` is the whole typed configuration with a `training` section (seed, run_name, metrics_dir, logging_dir).
 
-    Raises UserError when the folder holds a finished run and `resume` is not given, or cannot be written, and for a
-    checkpoint whose weights are pickle (`model.allow_pickle`).
+    Raises UserError when the folder holds a finished run and `resume` is not given, when it or one of the folders for
+    metrics and logs cannot be written, and for a checkpoint whose weights are pickle (`model.allow_pickle`).
     """
     _end_with_launcher()
     recovered = recover(output_dir) if is_rank_zero() else []
@@ -70,14 +70,10 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
     if resume_from:
         require_safetensors(resume_from, allow_pickle=config.model.allow_pickle)
     training = config.training
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"--output_dir {output_dir} cannot be made a folder: {error.strerror}. Choose another"
-        ) from error
-    if not os.access(output_dir, os.W_OK):
-        raise UserError(f"--output_dir {output_dir} is not writable; choose another or change its permissions")
+    _claim(output_dir, "--output_dir")
+    _claim(training.metrics_dir, "training.metrics_dir")
+    if {"tensorboard", "all"} & set(training.report_to):
+        _claim(training.logging_dir, "training.logging_dir")
     setup_logging(output_dir)
     name = training.run_name or output_dir.resolve().name
     # Trainer's TensorBoard callback takes its folder from the environment only.
@@ -94,6 +90,16 @@ def start_run(output_dir: Path, config: Any, resume: str | None) -> Run:
         metrics_path=Path(training.metrics_dir) / f"{name}.jsonl",
         curves_path=Path(training.metrics_dir) / f"{name}.png",
     )
+
+
+def _claim(folder: Path, key: str) -> None:
+    """Make `folder`, which `key` names. Raises UserError when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {folder} cannot be made a folder: {error.strerror}. Choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{key} {folder} is not writable; choose another or change its permissions")
 
 
 def _end_with_launcher() -> None:

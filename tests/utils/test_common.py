@@ -1,13 +1,15 @@
-"""The world of one process that no launcher started."""
+"""The world of one process that no launcher started, and writing into places that cannot be written to."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
-from utils.common import UserError, settle_world
+from utils.common import UserError, atomic_open, settle_world, write_json
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,3 +46,24 @@ def test_several_without_torchrun_are_refused(variable: str, monkeypatch: pytest
     with pytest.raises(UserError, match=rf"8 processes were started without torchrun \({variable}\).*scripts/sft\.sh"):
         settle_world()
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/a\.json cannot be written: .*Choose another place"):
+        write_json(tmp_path / "file" / "a.json", {})
+    with pytest.raises(UserError, match=r"cannot be written: File name too long"):
+        write_json(tmp_path / ("n" * 300), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_stays_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_command` and the savers know it by its number."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", full)
+    with pytest.raises(OSError, match="No space left") as caught, atomic_open(tmp_path / "a"):
+        pass
+    assert caught.value.errno == errno.ENOSPC
