@@ -23,7 +23,7 @@ from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_groups, describe_plan  # noqa: E402
 from trainers.rl_trainer import RolloutSettings, VideoGRPOTrainer  # noqa: E402
 from trainers.rollout_batches import batches_per_epoch, check_batch_shape  # noqa: E402
-from trainers.run_keeper import TrainingSetup  # noqa: E402
+from trainers.run_keeper import TrainingSetup, advising_on_memory  # noqa: E402
 from utils.config import RLConfig  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
 from utils.logging_utils import get_logger, is_rank_zero, setup_logging  # noqa: E402
@@ -31,6 +31,7 @@ from utils.prompts import PromptContract  # noqa: E402
 from utils.run import start_run, training_config, training_parser  # noqa: E402
 
 
+@advising_on_memory(VideoGRPOTrainer.memory_advice)  # loading, training and the last validation
 def main() -> int:
     """Train, and return the exit status."""
     args = training_parser(

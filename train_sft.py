@@ -19,7 +19,7 @@ from trainers.memory_plan import describe_memory  # noqa: E402
 from trainers.model import load_policy, load_processor, resolve_source  # noqa: E402
 from trainers.parts import LearningRates  # noqa: E402
 from trainers.plan import describe_batch, describe_plan  # noqa: E402
-from trainers.run_keeper import TrainingSetup  # noqa: E402
+from trainers.run_keeper import TrainingSetup, advising_on_memory  # noqa: E402
 from trainers.sft_trainer import VideoSFTTrainer  # noqa: E402
 from utils.config import SFTConfig  # noqa: E402
 from utils.curves import plot_curves  # noqa: E402
@@ -28,6 +28,7 @@ from utils.prompts import PromptContract  # noqa: E402
 from utils.run import start_run, training_config, training_parser  # noqa: E402
 
 
+@advising_on_memory(VideoSFTTrainer.memory_advice)  # loading, training and the last validation
 def main() -> int:
     """Train, and return the exit status."""
     args = training_parser(

@@ -26,6 +26,8 @@ from utils.common import UserError, run_command, settle_accelerator
 attach()
 settle_accelerator()
 
+import torch  # noqa: E402
+
 from datasets.collate_fns import VideoCollator  # noqa: E402
 from datasets.encoding import fit_prompt  # noqa: E402
 from inference.animate import animate_temporal_grounding, animation_suffix  # noqa: E402
@@ -325,6 +327,23 @@ def main() -> None:
     args = parse_args()
     setup_logging()
     _check_early(args)
+    try:
+        found = _predict(args)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"CUDA ran out of memory ({str(error).splitlines()[0]}). What lowers it: a shorter stretch (--video_start, "
+            "--video_end), a smaller data.total_pixels or data.max_frames in a --data_config, a smaller model; "
+            "--device cpu does without the GPU"
+        ) from error
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))  # noqa: T201
+    else:
+        print(summary(found))  # noqa: T201
+    _draw(args, found)
+
+
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the model and ask it."""
     engine = VideoTemporalInference(
         args.model_path,
         device=args.device,
@@ -332,18 +351,13 @@ def main() -> None:
         data_config=args.data_config,
         allow_pickle=args.allow_pickle,
     )
-    found = engine.predict(
+    return engine.predict(
         args.video,
         args.query,
         video_start=args.video_start,
         video_end=args.video_end,
         max_new_tokens=args.max_new_tokens,
     )
-    if args.json:
-        print(json.dumps(found, ensure_ascii=False))  # noqa: T201
-    else:
-        print(summary(found))  # noqa: T201
-    _draw(args, found)
 
 
 def _draw(args: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -210,13 +210,17 @@ def test_empty_and_bad_annotation_files(arguments: list[str], run: Run, tmp_path
     assert bad.status == 2 and "rows.jsonl" in bad.err and "Traceback" not in bad.err
 
 
-def test_out_of_memory_names_the_knobs(arguments: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["_move_model_to_device", "training_step"])
+def test_out_of_memory_names_the_knobs(
+    moment: str, arguments: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, and where the weights alone are too large for the card."""
     from transformers import Trainer
 
     def fail(*_args: object, **_kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(Trainer, "training_step", fail)
+    monkeypatch.setattr(Trainer, moment, fail)
     result = run(arguments)
     last = result.err.strip().splitlines()[-1]
     assert result.status == 2 and "Tried to allocate 20.00 GiB" in last

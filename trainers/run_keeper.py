@@ -49,6 +49,18 @@ OUT_OF_MEMORY = (
 )
 
 
+@contextmanager
+def advising_on_memory(more: str = "") -> Iterator[None]:
+    """Around or over a function: CUDA running out of memory becomes a UserError that names the knobs that lower it.
+
+    `more` are further ones, ending in ", ".
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0], more=more)) from error
+
+
 def rng_kept(device: torch.device) -> AbstractContextManager[None]:
     """Leaves torch's random generators, the CPU's and that of `device`, as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -192,15 +204,14 @@ class RunKeeper(ResumableTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's own; CUDA running out of memory names the knobs that lower it, a foreign checkpoint what it is."""
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with advising_on_memory(self.memory_advice):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:
             raise UserError(
                 "--resume_from_checkpoint: an optimizer, scheduler or random state in it holds other objects than "
                 f"tensors, which were not read ({str(error).strip().splitlines()[0][:200]}). Resume a checkpoint that "
                 "this machine wrote (SECURITY.md)"
             ) from error
-        except torch.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY.format(reason=str(error).splitlines()[0], more=self.memory_advice)) from error
 
     def progress(self) -> dict[str, Any]:
         """With the rows that could not be used."""

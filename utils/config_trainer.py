@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
@@ -90,7 +90,8 @@ class TrainerSection(StrictModel):
         """The Trainer's arguments: what the config set, this project's defaults, then `extra` over both.
 
         Own keys that the Trainer does not know stay here. Raises ConfigError, naming the keys, when `arguments_class`
-        refuses a value, and when the DeepSpeed file is missing or builds its own optimizer.
+        refuses a value, when the DeepSpeed file is missing or builds its own optimizer, and when the package of a
+        tracker in `report_to` is not installed.
         """
         kind = self.arguments_class()
         known = {field.name for field in dataclasses.fields(kind) if field.init}
@@ -99,6 +100,7 @@ class TrainerSection(StrictModel):
         arguments = {**_to_trainer(self.trainer_values(), known), "output_dir": str(output_dir), **extra}
         if deepspeed is not None:
             arguments["deepspeed"] = check_deepspeed(Path(deepspeed))
+        check_trackers(arguments.get("report_to") or ())
         try:
             return kind(**arguments)
         except (ValueError, TypeError, FileNotFoundError) as error:
@@ -184,6 +186,16 @@ def _trainer_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise ConfigError when a tracker that `report_to` names is not installed: Trainer would, minutes later."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = {"all", "none", "flyte", *get_available_reporting_integrations()}  # transformers cannot tell for flyte
+    if missing := sorted(set(names) - known):
+        text = f"training.report_to: no package for {', '.join(missing)} is installed here"
+        raise ConfigError([f"{text}; pip install it, or take it out (the JSONL file has all numbers)"])
 
 
 def check_deepspeed(path: Path) -> str:

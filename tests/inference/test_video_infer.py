@@ -177,6 +177,23 @@ def test_command_line_prints_json_and_draws(
         assert image.n_frames == 16 and image.convert("RGB").getpixel((1, 1)) == (13, 17, 23)
 
 
+def test_command_line_says_what_lowers_memory(
+    video: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("trainers.model.load_for_inference", fail)
+    monkeypatch.setattr(sys, "argv", ["video_infer.py", "--model_path", "m", "--video", str(video), "--query", "q"])
+    monkeypatch.setattr(sys, "path", [str(REPO_ROOT / "inference"), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPO_ROOT / "inference/video_infer.py"), run_name="__main__")
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and last.startswith("error: CUDA ran out of memory (CUDA out of memory. Tried to")
+    for knob in ("--video_start", "data.total_pixels", "--device cpu"):
+        assert knob in last
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

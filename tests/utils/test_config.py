@@ -480,6 +480,16 @@ def test_what_the_trainer_refuses_is_named(tmp_path: Path) -> None:
         config.training.to_training_arguments(tmp_path)
 
 
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before models and videos are loaded; the Trainer would raise a RuntimeError after that."""
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    section = SFTTrainingConfig(report_to=("tensorboard", "wandb"))
+    with pytest.raises(ConfigError, match=r"training\.report_to: no package for wandb is installed here; pip install"):
+        section.to_training_arguments(tmp_path, use_cpu=True)
+    for names in (("none",), (), ("tensorboard",)):
+        SFTTrainingConfig(report_to=names).to_training_arguments(tmp_path, use_cpu=True)
+
+
 # ---- DeepSpeed
 
 
