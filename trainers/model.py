@@ -119,11 +119,11 @@ def _from_hub(name: str, load: Callable[[], Any]) -> Any:
     except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         # The first line is the reason; what follows is advice for other situations.
         reason = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"cannot load {name!r}: {reason}. {_remedy(reason)}") from error
+        raise UserError(f"cannot load {name!r}: {reason}. {_remedy(reason, name)}") from error
 
 
-def _remedy(reason: str) -> str:
-    """What to do about a `from_pretrained` that failed for `reason`."""
+def _remedy(reason: str, name: str) -> str:
+    """What to do about a `from_pretrained` of `name` that failed for `reason`."""
     if "Error while deserializing header" in reason or "incomplete metadata" in reason or "HeaderToo" in reason:
         return "A safetensors file is cut off or damaged: copy or download it again"
     if "cannot be loaded with `safetensors`" in reason:
@@ -133,6 +133,8 @@ def _remedy(reason: str) -> str:
         )
     if "custom code" in reason:
         return "If you have read that code and trust it: model.trust_remote_code=true"
+    if Path(name).is_dir():
+        return "A file in that folder is missing, damaged or of another release: copy or download the folder again"
     return (
         "Check the name (model.name_or_path, --model_path), the network or HF_ENDPOINT, and for private models "
         "`hf auth login`; a downloaded folder can be given instead of a hub name"

@@ -275,6 +275,10 @@ def test_a_model_that_cannot_be_served_as_asked(tiny_model: Path, tmp_path: Path
     (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="cut off or damaged: copy or download it again"):
         load_for_inference(str(copy), need_contract=False, device="cpu")
+    for name in ("config.json", "tokenizer.json"):
+        (copy / name).write_text("{")
+        with pytest.raises(UserError, match="cannot load '.*/model': .* copy or download the folder again"):
+            load_processor(resolve_source(str(copy)))
     with pytest.raises(UserError, match="dtype must be one of bfloat16, float16, float32, got 'int7'"):
         load_for_inference(str(tiny_model), need_contract=False, device="cpu", dtype="int7")
     if not torch.cuda.is_available():
