@@ -105,7 +105,7 @@ launch() {
     fi
     # Saving a checkpoint takes longer than the 30 s that torchrun leaves its processes after a SIGTERM.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
-    local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$num_gpus")
+    local torchrun=("$python" "$root/scripts/torchrun.py" --nproc_per_node "$num_gpus")
     if [ ${#plan[@]} -eq 0 ]; then
         exec "${torchrun[@]}" --standalone "$entry" "$@"
     fi

@@ -119,7 +119,7 @@ RL_REST = [
     *SFT_REST[3:5],
     *("--output_dir", "outputs/rl"),
 ]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
+TORCHRUN = [str(REPO_ROOT / "scripts/torchrun.py"), "--nproc_per_node"]
 
 
 # ---- one machine
