@@ -146,7 +146,7 @@ def _errors(
     name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str, is_log: bool = False
 ) -> Picture:
     """The boundary error (mean of start and end, seconds) over `places`, with its median in groups of equal size."""
-    errors = np.abs([row.offsets_s for row in rows]).mean(axis=1)
+    errors = np.abs(np.array([row.offsets_s for row in rows], dtype=np.float64)).mean(axis=1)
     most = max(float(np.percentile(errors, SHOWN_SHARE)) * 1.1, 0.1)
     centres, medians, low, high = grouped(places, errors)
 
@@ -187,10 +187,8 @@ def _offsets(rows: Sequence[Judged]) -> Picture:
         )
         corners = {"too long": (0.02, 0.97), "late": (0.98, 0.97), "early": (0.02, 0.03), "too short": (0.98, 0.03)}
         for words, (x, y) in corners.items():
-            sides = {"ha": "left" if x < 0.5 else "right", "va": "bottom" if y < 0.5 else "top"}
-            axes.text(
-                x, y, words, transform=axes.transAxes, color=palette.muted, fontsize=10.5, style="italic", **sides
-            )
+            text = axes.text(x, y, words, transform=axes.transAxes, color=palette.muted, fontsize=10.5, style="italic")
+            text.set(ha="left" if x < 0.5 else "right", va="bottom" if y < 0.5 else "top")
         axes.set(xlim=(-most, most), ylim=(-most, most))
         axes.set(xlabel="start, predicted − labelled, s", ylabel="end, predicted − labelled, s")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from inference.report_compare import Comparison, Difference
 from inference.report_data import Evaluation
@@ -54,8 +53,8 @@ def render_page(
     keys: Mapping[str, Sequence[str]],
 ) -> str:
     """The page as text. `rows` and `videos` are `inference.report_rows`, `keys` what rows can be filtered by."""
-    script = Markup("\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS))
-    script = Markup('(() => {\n"use strict";\n') + script + Markup("\n})();")
+    parts = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{parts}\n}})();'
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -69,7 +68,7 @@ def render_page(
     data = {"rows": rows, "videos": videos, "name": evaluation.name, "vs": comparison and comparison.theirs.name}
     return environment.get_template("report.html").render(
         generator=GENERATOR,
-        style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+        style=(_FOLDER / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         palettes={name: asdict(palette) for name, palette in THEMES.items()},
@@ -90,16 +89,16 @@ def render_page(
     )
 
 
-def embedded_json(value: Any) -> Markup:
+def embedded_json(value: Any) -> str:
     """JSON that can stand in a `<script>` element: nothing in it can end the element or open a comment.
 
-    >>> embedded_json({"sentence": "</script><b>"})
-    Markup('{"sentence":"\\\\u003c/script\\\\u003e\\\\u003cb\\\\u003e"}')
+    >>> print(embedded_json({"sentence": "</script>"}))
+    {"sentence":"\\u003c/script\\u003e"}
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return text
 
 
 def headline(metrics: Mapping[str, Any], comparison: Comparison | None) -> list[dict[str, Any]]:
