@@ -6,6 +6,8 @@
     python scripts/bench.py sft --prompt_tokens 1200 --queries 4
     python scripts/bench.py sft --size 4b --device cuda --prompt_tokens 8192 --queries 4
     python scripts/bench.py inference --prompt_tokens 1200 --queries 8
+    python scripts/bench.py decoding speed
+    python scripts/bench.py decoding memory --decodes 2000
 
 Random weights, synthetic clips, one process. Several ways of doing the same work take turns within every repeat, and
 medians are given. The last line of the output is one line of JSON. What the ways are, and what is left out, stands at
@@ -39,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_curve(commands.add_parser("grpo_curve", help="the figure of docs/benchmarks.md, its numbers beside it as CSV"))
     _add_sft(commands.add_parser("sft", help="a training step on queries that share videos: table and JSON line"))
     _add_inference(commands.add_parser("inference", help="queries on one video, answered: table and JSON line"))
+    _add_decoding(commands.add_parser("decoding", help="decoders against each other, or memory over many decodes"))
     return parser.parse_args(argv)
 
 
@@ -70,6 +73,15 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, required=True, help="asked about the video")
     parser.add_argument("--answer_tokens", type=int, default=16, help="of every answer (%(default)s)")
     _add_common(parser)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("--folder", type=Path, help="where the clips are kept (a temporary folder)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed reads of each clip after a warm-up (%(default)s)")
+    parser.add_argument("--decodes", type=int, default=2000, help="reads in one worker (%(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="reads between two looks at its memory (%(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the record here, indented")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

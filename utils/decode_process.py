@@ -1,4 +1,4 @@
-"""Decoding in a child process, which can be killed: a file that hangs or crashes its decoder costs one `VideoReadError`.
+"""Decoding in a child process, which can be killed: a file that hangs or crashes its decoder is one `VideoReadError`.
 
 `read_clip_apart` is `utils.video.read_clip` for everyone who must not stand still: data workers, and whoever reads
 hundreds of files that nobody has looked at. A thread would not do. One that is stuck in native code cannot be stopped,
@@ -30,11 +30,11 @@ CHILD_CODE = "from utils.decode_child import serve; serve()"
 START_LIMIT_S = 120.0
 """How long the child may take to start: it imports NumPy and a decoder, perhaps from a slow disk."""
 
-CHATTER_SHOWN = 2000
+CHATTER_SHOWN = 500
 """Of what decoders write to standard error, the last bytes are shown."""
 
 _OUTSIDE_ENDS = (0, -signal.SIGKILL, -signal.SIGTERM)
-"""Ends that are no fault of the file at hand: its own exit after an earlier one, the system in want of memory, a user."""
+"""Ends that are no fault of the file at hand: its own, after an earlier file; the system in want of memory; a user."""
 
 
 class DecoderStopped(VideoReadError):
@@ -92,11 +92,7 @@ def close_child() -> None:
 def _ask(path: str, request: Request) -> tuple[Answer, Any]:
     """The answer and its pixels. The child is started if need be, and given up whenever it does not answer."""
     for is_last in (False, True):
-        if _state.child is None or _state.child.process.poll() is not None:
-            close_child()
-            _state.child = _Child(request.backend)
-            multiprocessing.util.Finalize(None, close_child, exitpriority=10)  # at this process's own end
-        child = _state.child
+        child = _running_child(request.backend)
         try:
             found = child.ask(request, time.monotonic() + request.timeout_s)
         except TimeoutError:
@@ -115,6 +111,16 @@ def _ask(path: str, request: Request) -> tuple[Answer, Any]:
         if is_last or status not in _OUTSIDE_ENDS:
             raise DecoderStopped(path, _last_words(status, chatter))
     raise AssertionError("unreachable")
+
+
+def _running_child(backend: str) -> _Child:
+    if _state.child is None or _state.child.process.poll() is not None:
+        close_child()
+        _state.child = _Child(backend)
+        if not _state.is_cleared_up:  # at this process's own end, so that no dead child is left to whoever adopts it
+            multiprocessing.util.Finalize(None, close_child, exitpriority=10)
+            _state.is_cleared_up = True
+    return _state.child
 
 
 def _last_words(status: int, chatter: str) -> str:
@@ -208,6 +214,7 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.child: _Child | None = None
+        self.is_cleared_up = False
 
 
 _state = _State()

@@ -60,7 +60,9 @@ def decode(
         raise
 
 
-def decode_clip(path: str | os.PathLike[str], data: DataConfig, start_s: float | None, end_s: float | None) -> VideoClip:
+def decode_clip(
+    path: str | os.PathLike[str], data: DataConfig, start_s: float | None = None, end_s: float | None = None
+) -> VideoClip:
     """`decode` as the configuration says. Raises what `decode` does."""
     return decode(
         path, data.budget, start_s=start_s, end_s=end_s,
@@ -167,7 +169,7 @@ class Quarantine:
     def _read(self) -> Iterator[Inmate]:
         assert self.path is not None
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # whoever writes the last one may not be done
         except OSError as problem:
             self._warn(f"data.quarantine={self.path} cannot be read ({problem})")
             return

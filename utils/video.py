@@ -39,7 +39,10 @@ __all__ = [
     "write_mp4",
 ]
 
-BACKENDS = ("decord", "pyav", "qwen_vl_utils")
+BACKENDS = ("auto", "decord", "pyav", "qwen_vl_utils")
+"""`auto` is PyAV for every file: measured, decord was nowhere faster (docs/benchmarks.md, "Decoding"), because what a
+file holds, and when it shows it, must be looked up by PyAV first in any case. It needs no second package, and leaves
+room for another choice."""
 
 SIZE_FACTOR = 32
 """Height and width are multiples of this: patches of 16 pixels, merged 2 x 2."""
@@ -237,7 +240,7 @@ def read_clip(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
-    backend: str = "decord",
+    backend: str = "auto",
 ) -> VideoClip:
     """Sample and decode [start_s, end_s) of a video file, resized into the budget.
 
@@ -250,9 +253,9 @@ def read_clip(
         budget: sampling rate and limits.
         start_s: where to begin, seconds on the file's clock; None is its beginning.
         end_s: where to stop; None is its end.
-        backend: `decord` (files it cannot read exactly go to PyAV), `pyav`, or `qwen_vl_utils` (its `fetch_video`
-            chooses the frames by its own rules, for parity with published evaluations; the times are still the true
-            ones).
+        backend: `auto` (the fastest: see `BACKENDS`), `pyav`, `decord` (files it cannot read exactly go to PyAV), or
+            `qwen_vl_utils` (its `fetch_video` chooses the frames by its own rules, for parity with published
+            evaluations; the times are still the true ones).
 
     Raises:
         VideoReadError: the file cannot be read, or not in that stretch.

@@ -395,7 +395,7 @@ def decoder_threads(num_pixels: int) -> int:
 def check_is_file(path: str) -> None:
     """Raise a `VideoReadError` in plain words unless `path` is a regular, readable file with something in it."""
     try:
-        # Not blocking: opening a pipe would wait for its other end. Looked at once it is open, so that it cannot be one.
+        # Not blocking: opening a pipe would wait for its other end. Looked at when it is open, and so the file itself.
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(number)
@@ -420,8 +420,8 @@ def plain_errors(path: str) -> Iterator[None]:
 
     try:
         yield
-    except MemoryError as error:  # FFmpeg's is one of its errors, too
-        raise VideoReadError(path, "there is not enough memory to decode it") from error
+    except (MemoryError, BlockingIOError) as error:  # FFmpeg's own among them; the second: no more threads to be had
+        raise VideoReadError(path, f"there is not enough memory to decode it ({error})") from error
     except (av.error.FFmpegError, EOFError) as error:
         what = getattr(error, "strerror", None) or str(error)
         raise VideoReadError(path, f"not a video, damaged or cut short ({what})") from error

@@ -32,6 +32,7 @@ from utils.video import (
     write_mp4,
 )
 from utils.video_file import VideoFile
+from utils.video_writer import write_mp4_stream
 
 FPS = 25
 GOP = 20
@@ -367,6 +368,7 @@ def raw_stream(path):
         (lambda path: path.write_bytes(b""), "empty"),
         (lambda path: path.write_text("not a video\n" * 50), "not a video"),
         (lambda path: path.mkdir(), "directory"),
+        (os.mkfifo, "not a regular file"),
         (lambda path: None, "no such file"),
         (cut_in_half, "cut short"),
         (cut_data, r"promises 8.00 s but the data ends at \d.\d\d s"),
@@ -448,7 +450,7 @@ def test_a_decoder_that_hangs_is_left_behind(constant, monkeypatch):
     monkeypatch.setattr(video_backends, "DECORD_DEADLINE_PER_PACKET_S", 0.0)
     monkeypatch.setattr(video_backends, "_decord_hung", threading.Event())
     for _ in range(2):
-        assert numbers(read_clip(constant, budget(), end_s=1.0).frames) == list(range(25))
+        assert numbers(read_clip(constant, budget(), end_s=1.0, backend="decord").frames) == list(range(25))
     release.set()
     assert len(opened) == 1  # the second read did not try again
 
@@ -461,6 +463,82 @@ def test_decord_reads_in_a_forked_worker_after_the_parent_has_read(constant):
     expected = _read_in_worker(constant)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map_async(_read_in_worker, [constant]).get(timeout=30) == [expected] == [list(range(10))]
+
+# -- hard to read, and unlike in pixels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twenty_thousand_frames(folder, backend):
+    """11 minutes; a file whose frames are told apart by their brightness, two to a shade."""
+    path = folder / "twenty-thousand.mp4"
+    if not path.exists():
+        shades = (np.arange(20_000) % 200 + 20).astype(np.uint8)
+        flat = (np.full((16, 16, 3), shade, np.uint8) for shade in shades)
+        write_mp4_stream(path, flat, size=(16, 16), num_frames=20_000, fps=30)
+    clip = read_clip(path, budget(fps=0.1, least=1), backend=backend)
+    indices = np.linspace(0, 19_999, len(clip.frames)).round().astype(int)
+    assert len(clip.frames) == 68  # 666.7 s at 0.1 fps, made even
+    np.testing.assert_allclose(clip.times_s, indices / 30, atol=1e-6)
+    np.testing.assert_allclose(clip.frames.mean(axis=(1, 2, 3)), indices % 200 + 20, atol=3)
+    tail = read_clip(path, budget(fps=30, least=1), start_s=660.0, backend=backend)
+    assert tail.frames.mean(axis=(1, 2, 3)).round().astype(int).tolist()[-1] == pytest.approx(19_999 % 200 + 20, abs=3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eight_thousand_pixels_wide(folder, backend):
+    path = folder / "wide.mp4"
+    if not path.exists():
+        write_mp4(path, numbered(4, 256, 8192), fps=4)
+    clip = read_clip(path, budget(most=65536), backend=backend)
+    assert clip.frames.shape == (4, 32, 1440, 3) and numbers(clip.frames) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_header_that_counts_too_many_frames_is_not_believed(folder, backend):
+    """An AVI's header says 400 frames and has 40: of the whole file that is an error, a stretch of it can be read."""
+    path = folder / "over-reported.avi"
+    if not path.exists():
+        encode(path, numbered(40), "mpeg4", gop=12, qmax="3")
+        data = bytearray(path.read_bytes())
+        at = data.index(b"strh") + 8 + 32
+        assert struct.unpack("<I", data[at : at + 4]) == (40,)
+        data[at : at + 4] = struct.pack("<I", 400)
+        path.write_bytes(data)
+    started = time.monotonic()
+    try:
+        assert numbers(read_clip(path, budget(), backend=backend).frames) == list(range(40))
+    except VideoReadError as error:
+        assert "promises 16.00 s but the data ends at 1.56 s" in error.reason
+    assert numbers(read_clip(path, budget(), start_s=0.4, end_s=1.2, backend=backend).frames) == list(range(10, 30))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "height, width, mean, most",
+    [(352, 640, 0, 0), (360, 640, 2, 16), (720, 1280, 2, 16), (48, 64, 2, 16)],  # as they are; smaller; smaller; larger
+)
+def test_decord_and_pyav_give_the_same_pixels_but_for_their_scalers(folder, height, width, mean, most):
+    """The decoded pictures are equal to the bit; decord resizes by another filter. See docs/benchmarks.md."""
+    from PIL import Image
+
+    path = folder / f"textured-{height}.mp4"
+    coarse = np.random.default_rng(0).integers(30, 226, (height // 32 + 1, width // 32 + 1, 3), dtype=np.uint8)
+    ground = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    write_mp4(path, np.stack([np.roll(ground, 8 * i, axis=1) for i in range(4)]), fps=4)
+    limits = budget(fps=4, most=352 * 640 if most == 0 else 65536 if height == 360 else 262144)
+    one, other = (read_clip(path, limits, backend=name) for name in ("decord", "pyav"))
+    np.testing.assert_array_equal(one.times_s, other.times_s)
+    assert one.frames.shape == other.frames.shape and (one.frames.shape[1:3] == (height, width)) is (most == 0)
+    difference = np.abs(one.frames.astype(int) - other.frames.astype(int))
+    assert difference.mean() <= mean and difference.max() <= most
+
+
+def test_auto_reads_by_pyav(constant, monkeypatch):
+    """Measured, it is nowhere slower (docs/benchmarks.md); decord need not be installed."""
+    monkeypatch.setitem(sys.modules, "decord", None)
+    found, wanted = (read_clip(constant, budget(fps=2), backend=name) for name in ("auto", "pyav"))
+    np.testing.assert_array_equal(found.frames, wanted.frames)
+    np.testing.assert_array_equal(found.times_s, wanted.times_s)
 
 
 # -- probing -----------------------------------------------------------------------------------------------------------
