@@ -287,7 +287,7 @@ class FrameCache:
                 need = f"{human_bytes(size)} for a clip beside {human_bytes(kept_free)} that stay free for checkpoints"
                 raise self._pause("full", self._full(need, f"{human_bytes(disk.free)} are free"))
             raise self._pause("limit", self._over_limit(size))
-        self._total -= _remove(unused, wanted + min(self.max_bytes // 50, self._total // 50))
+        self._total -= _remove(unused, wanted, spare=min(self.max_bytes, self._total) // 50)
 
     def _over_limit(self, size: int) -> str:
         return (
@@ -344,11 +344,12 @@ def _check_frames(stored: StoredClip) -> None:
     _checked.add(stored.identity)
 
 
-def _remove(entries: list[_Entry], wanted: int) -> int:
-    """Remove entries in this order until `wanted` bytes are freed; returns how many were."""
+def _remove(entries: list[_Entry], wanted: int, spare: int) -> int:
+    """Remove entries in this order until `wanted` bytes are freed, and up to `spare` more, so that not every clip that
+    follows has to look for room; returns how many were."""
     freed = 0
     for entry in entries:
-        if freed >= wanted:
+        if freed >= wanted and freed + entry.size > wanted + spare:
             break
         with suppress(OSError):  # another process made room too
             if os.stat(entry.path).st_mtime == entry.used_at:  # else someone uses it since

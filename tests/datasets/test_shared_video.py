@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import datasets.video_dataset
 from datasets.encoding import IGNORE
 from datasets.shared_video import SharedVideoDataset, UnitCollator, VideoSampler, share_clips
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
@@ -128,7 +127,7 @@ def test_a_clip_is_read_once_for_its_rows(dataset_for: DataFor, monkeypatch: pyt
         read.append(path)
         return read_clip(path, *args, **kwargs)
 
-    monkeypatch.setattr(datasets.video_dataset, "read_clip", counting)
+    monkeypatch.setattr("utils.clip_reader.decode", counting)
     SharedVideoDataset(dataset_for(), 8).__getitems__([0, 2, 1, 3])
     assert len(read) == 2 and len(set(read)) == 2
 
