@@ -9,8 +9,18 @@ from typing import Any
 import torch
 
 from datasets.encoding import IGNORE, Sample
+from utils.clip_reader import Reads
 
 Batch = dict[str, Any]
+
+
+def sum_reads(samples: Sequence[Sample]) -> Reads:
+    """What was decoded for all of them; samples that were not read by a `VideoTemporalDataset` count nothing."""
+    total = Reads()
+    for sample in samples:
+        if "reads" in sample:
+            total.add(sample["reads"])
+    return total
 
 
 def answer_columns(labels: torch.Tensor) -> torch.Tensor:
@@ -41,8 +51,9 @@ class VideoCollator:
 
     Training (`side="right"`): `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L), `logits_to_keep`
     (K,), `pixel_values_videos` (all patches of all videos), `video_grid_thw` (B, 3). Generation (`side="left"`): the
-    same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the batch's good samples) and `faults`
-    (`[(row number, reason), ...]`). When every sample failed, `blank` keeps the step alive with nothing to learn.
+    same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the batch's good samples), `faults`
+    (`[(row number, reason), ...]`) and `reads` (the sum of the samples'). When every sample failed, `blank` keeps the
+    step alive with nothing to learn.
     """
 
     pad_token_id: int
@@ -54,7 +65,8 @@ class VideoCollator:
         faults = [(sample["index"], sample["fault"]) for sample in samples if "fault" in sample]
         good = [sample for sample in samples if "fault" not in sample]
         batch = self._pad(good or [self._nothing_to_learn()])
-        return {**batch, "indices": [sample["index"] for sample in good], "faults": faults}
+        indices = [sample["index"] for sample in good]
+        return {**batch, "indices": indices, "faults": faults, "reads": sum_reads(samples)}
 
     def _nothing_to_learn(self) -> Sample:
         if "labels" not in self.blank:

@@ -36,6 +36,7 @@ DATA = ("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml"))
 NUM_STEPS = 14
 VALIDATED = (4, 8, 12, NUM_STEPS)
 COMMON = (
+    "data.cache_dir=null",
     f"training.max_steps={NUM_STEPS}",
     "training.save_steps=2",
     "training.eval_steps=4",
@@ -46,7 +47,7 @@ COMMON = (
     "training.dataloader_num_workers=1",
     "training.report_to=none",
 )
-TIMED = ("per_second", "memory", "time", "runtime")
+TIMED = ("per_second", "memory", "time", "runtime", "data/")
 """Parts of names of figures that no two runs share."""
 PATIENCE_S = 300
 BEGUN = "the model sees the video"
