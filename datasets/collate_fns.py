@@ -45,6 +45,11 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
     return out
 
 
+def join_patches(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The patches of all clips, one after the other; those of a single clip are not copied (150 MB and more)."""
+    return clips[0] if len(clips) == 1 else torch.cat(list(clips))
+
+
 @dataclass(frozen=True)
 class VideoCollator:
     """Pads samples of `VideoTemporalDataset` into one batch.
@@ -79,7 +84,7 @@ class VideoCollator:
             "input_ids": pad_rows(ids, self.pad_token_id, self.side),
             "attention_mask": pad_rows([torch.ones_like(row) for row in ids], 0, self.side),
             "mm_token_type_ids": pad_rows([sample["mm_token_type_ids"] for sample in samples], 0, self.side),
-            "pixel_values_videos": torch.cat([sample["pixel_values_videos"] for sample in samples]),
+            "pixel_values_videos": join_patches([sample["pixel_values_videos"] for sample in samples]),
             "video_grid_thw": torch.cat([sample["video_grid_thw"] for sample in samples]),
         }
         if "labels" in samples[0]:

@@ -17,6 +17,7 @@ import scripts.benchmarks.inference as bench
 from scripts.benchmarks.common import check_options
 from scripts.benchmarks.inference import LEAST, WAYS, Cell, Way, Work, compare, summary, table
 from trainers.vision_attention import FRAMEWISE
+from utils import clip_reader
 from utils.common import REPO_ROOT, UserError
 
 SMALL = partial(Cell, 100, 3, answer_tokens=3)
