@@ -16,7 +16,6 @@ Ratios of the JSON line are of the time for all clips, each once; those of the w
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
@@ -79,8 +78,8 @@ def measure(args: argparse.Namespace, clips: Path, temporary: Path) -> dict[str,
     clips.mkdir(parents=True, exist_ok=True)
     data = DataConfig(fps=args.fps, cache_dir=temporary / "cache")
     works = [
-        make_work(f"{height}p {length} s", make_clip(clips / f"{height}p-{length}.mp4", f"{height}p", length), FPS, data)
-        for height in args.heights
+        make_work(f"{size} {length} s", make_clip(clips / f"{size}-{length}.mp4", size, length), FPS, data)
+        for size in (f"{height}p" for height in args.heights)
         for length in args.seconds
     ]
     # Loaders first: their workers must be forked before this process has used decord, which does not survive a fork.
@@ -113,8 +112,11 @@ def measure_reading(work: Work, repeats: int) -> Taken:
                 if state != "warm" and not _prepare(state, work):
                     continue
                 taken[state][name].append(elapsed(lambda name=name: checksum(readers[name](work))))
-    medians = {state: {name: statistics.median(found) for name, found in names.items()} for state, names in taken.items()}
-    return {state: found for state, found in medians.items() if found}
+    return {
+        state: {name: statistics.median(found) for name, found in names.items()}
+        for state, names in taken.items()
+        if names
+    }
 
 
 def _prepare(state: str, work: Work) -> bool:
@@ -242,8 +244,8 @@ def table(record: Mapping[str, Any]) -> str:
 
 def _reading_rows(record: Mapping[str, Any], state: str) -> list[str]:
     """Seconds of a clip, and clips and frames per second over all of them."""
-    names = [name for name in STATES[state] if all(name in taken.get(state, ()) for taken in record["seconds"].values())]
-    if not names:
+    names = STATES[state]
+    if any(state not in taken for taken in record["seconds"].values()):
         return [f"{state}: this system does not drop pages when asked"]
     rows = [_line(f"{state}, s", names)]
     for clip, taken in record["seconds"].items():

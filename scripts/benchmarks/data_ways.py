@@ -2,7 +2,7 @@
 
 Reading, each way giving the same frames (by number) at the same size:
 
-    decord         `decord.VideoReader` at the final size, `get_batch`: as most trainers read, without a look at the times
+    decord         `decord.VideoReader` at the final size, `get_batch`: as most trainers read
     pyav           PyAV with its threads: decode to the last frame wanted, keep those wanted
     qwen_vl_utils  `fetch_video` with the project's budget: decord at full size, torchvision's resizing, float32
     cache          the project's `ClipReader`: a hit in the frame cache; "cold" decodes in its child process, and keeps
@@ -27,6 +27,7 @@ import torch
 
 from datasets.encoding import Sample, append_answer
 from datasets.video_dataset import VideoTemporalDataset
+from scripts.make_demo_data import all_sentences
 from utils.clip_reader import ClipReader
 from utils.config import AnnotationSource, DataConfig
 from utils.frame_cache import SUFFIX
@@ -184,8 +185,9 @@ def encode_stock(processor: Any, messages: Any, video: torch.Tensor, metadata: d
 def make_dataset(folder: Path, works: Sequence[Work], num_rows: int, processor: Any) -> VideoTemporalDataset:
     """`num_rows` rows about the clips in turn."""
     chosen = [works[number % len(works)] for number in range(num_rows)]
+    asked, answer = all_sentences(), (Span(1.0, 3.0),)
     rows = [
-        Row(str(work.path), work.duration_s, (Span(1.0, 3.0),), f"the square moves again {number}", None, None, {}, "", 0)
+        Row(str(work.path), work.duration_s, answer, asked[number % len(asked)], None, None, {}, "", 0)
         for number, work in enumerate(chosen)
     ]
     path = folder / "rows.jsonl"
