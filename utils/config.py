@@ -194,9 +194,9 @@ class DataConfig(StrictModel):
     """What to do with a longer prompt: sample fewer frames evenly and say so, or count the row as bad."""
     trim: Literal["relative", "absolute", "pre_cut"] = "relative"
     """What `timestamp` counts from in a row with video_start: that point, the file's start, or a file already cut."""
-    decode_timeout_s: float | None = Field(120.0, gt=0)
+    decode_timeout_s: float | None = Field(300.0, gt=0)
     """Seconds after which the decoding of one clip is given up and its process killed; null decodes in the reading
-    process itself, where nothing can end a hang and a crash ends the run."""
+    process itself, where nothing can end a hang, and a crash ends the run."""
     quarantine: Annotated[Path, Field(strict=False)] | None = None
     """JSONL list of the videos on which a decoder hung or crashed, shared by all processes: they are not tried again.
     null: each process remembers its own."""
@@ -210,6 +210,13 @@ class DataConfig(StrictModel):
     def _is_named(cls, value: Any) -> Any:
         if value == "":
             raise ValueError("must be a folder, or null to keep no frames")
+        return value
+
+    @field_validator("quarantine", mode="before")
+    @classmethod
+    def _is_a_file(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("must be the path of a list, or null to keep it in memory")
         return value
 
     def rules(self) -> Iterable[Broken]:

@@ -6,8 +6,8 @@ it must start in a fraction of a second, once for every data worker of every epo
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import socket
 import struct
@@ -15,8 +15,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ CHATTER_BYTES = 16 * 2**20
 """What decoders may write to standard error before anybody reads it; a hanging one must not fill the disk."""
 
 _PREFIX = struct.Struct("<QQ")
-"""Bytes of the pickled message, and of the raw pixels after it."""
+"""Bytes of the message, and of the raw pixels after it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Answer:
     """The reason, the message or the traceback."""
     shape: tuple[int, ...] = ()
     """(T, H, W, 3) of the uint8 pixels that follow; empty for none."""
-    times_s: np.ndarray | None = None
+    times_s: tuple[float, ...] = ()
     start_s: float = 0.0
     duration_s: float = 0.0
 
@@ -68,7 +67,7 @@ def serve() -> None:
     _import_decoders(backend)
     with suppress(ConnectionError):  # the parent is gone
         send(channel, Answer("ready"))
-        while (request := receive(channel)) is not None:
+        while (request := receive_request(channel)) is not None:
             answer, frames = answer_to(request)
             send(channel, answer, frames)
             del answer, frames  # or the pixels would stay until the next clip is there
@@ -107,8 +106,8 @@ def _import_decoders(backend: str) -> None:
     """So that no clip's time goes into it. A package that is missing is the affair of the request that needs it."""
     names = {"qwen_vl_utils": ("av", "qwen_vl_utils"), "pyav": ("av",)}.get(backend, ("av", "decord"))
     for name in names:
-        with suppress(ImportError, OSError):
-            import_module(name)
+        with suppress(UserError):
+            video_backends.import_backend(name)
 
 
 def answer_to(request: Request) -> tuple[Answer, np.ndarray | None]:
@@ -127,36 +126,49 @@ def answer_to(request: Request) -> tuple[Answer, np.ndarray | None]:
     except Exception:  # goes to the parent, which raises it
         return Answer("bug", traceback.format_exc()), None
     frames = np.ascontiguousarray(clip.frames)
-    return Answer("clip", "", frames.shape, clip.times_s, clip.start_s, clip.duration_s), frames
+    return Answer("clip", "", frames.shape, tuple(clip.times_s.tolist()), clip.start_s, clip.duration_s), frames
 
 
 # ---------------------------------------------------------------------------------------------- messages
-def send(channel: socket.socket, message: Any, frames: np.ndarray | None = None) -> None:
+# JSON, which keeps every float to the last bit. No pickle: a video that takes over the decoder could send one.
+def send(channel: socket.socket, message: Request | Answer, frames: np.ndarray | None = None) -> None:
     """Send a message, and pixels raw: uint8, contiguous. Raises OSError when the other end is gone."""
-    packed = pickle.dumps(message)
-    pixels = memoryview(b"") if frames is None else memoryview(frames).cast("B")
-    channel.sendall(_PREFIX.pack(len(packed), len(pixels)) + packed)
+    text = json.dumps(asdict(message), default=float).encode()  # the bounds may be NumPy's
+    pixels = memoryview(b"") if frames is None else frames.reshape(-1).data
+    channel.sendall(_PREFIX.pack(len(text), len(pixels)) + text)
     if len(pixels):
         channel.sendall(pixels)
 
 
-def receive(channel: socket.socket, deadline: float | None = None) -> Any:
-    """The next message, or None when the other end closed. With pixels: (message, uint8 array of its `shape`).
+def receive_request(channel: socket.socket) -> Request | None:
+    """The next request, or None when the parent closed."""
+    found = _receive(channel, None)
+    return None if found is None else Request(**{**found[0], "budget": FrameBudget(**found[0]["budget"])})
 
-    Raises TimeoutError past `deadline`, a time of `time.monotonic()`, and EOFError for half a message.
+
+def receive_answer(channel: socket.socket, deadline: float) -> tuple[Answer, np.ndarray | None] | None:
+    """The next answer with its pixels, or None when the child closed.
+
+    Raises TimeoutError past `deadline`, a time of `time.monotonic()`, and EOFError for half an answer.
     """
+    found = _receive(channel, deadline)
+    if found is None:
+        return None
+    answer, pixels = Answer(**found[0]), found[1]
+    return answer, None if pixels is None else pixels.reshape(answer.shape)
+
+
+def _receive(channel: socket.socket, deadline: float | None) -> tuple[dict[str, Any], np.ndarray | None] | None:
     prefix = bytearray(_PREFIX.size)
     if not _fill(channel, memoryview(prefix), deadline, may_end=True):
         return None
-    num_packed, num_pixels = _PREFIX.unpack(prefix)
-    packed = bytearray(num_packed)
-    _fill(channel, memoryview(packed), deadline)
-    message = pickle.loads(packed)  # from our own process
-    if not num_pixels:
-        return message
-    frames = np.empty(message.shape, dtype=np.uint8)
-    _fill(channel, memoryview(frames).cast("B"), deadline)
-    return message, frames
+    num_bytes, num_pixels = _PREFIX.unpack(prefix)
+    text = bytearray(num_bytes)
+    _fill(channel, memoryview(text), deadline)
+    pixels = np.empty(num_pixels, dtype=np.uint8) if num_pixels else None
+    if pixels is not None:
+        _fill(channel, pixels.data, deadline)
+    return json.loads(text), pixels
 
 
 def _fill(channel: socket.socket, view: memoryview, deadline: float | None, may_end: bool = False) -> bool:

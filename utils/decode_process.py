@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+
+import numpy as np
 
 from utils.common import REPO_ROOT, UserError
-from utils.decode_child import Answer, Request, receive, send
+from utils.decode_child import Answer, Request, receive_answer, send
 from utils.logging_utils import get_logger
 from utils.video import FrameBudget, VideoClip, require_backend
 from utils.video_file import MAX_THREADS, VideoReadError, in_worker
@@ -29,6 +30,9 @@ CHILD_CODE = "from utils.decode_child import serve; serve()"
 
 START_LIMIT_S = 120.0
 """How long the child may take to start: it imports NumPy and a decoder, perhaps from a slow disk."""
+
+END_LIMIT_S = 10.0
+"""How long the end of a child is waited for that was killed."""
 
 CHATTER_SHOWN = 500
 """Of what decoders write to standard error, the last bytes are shown."""
@@ -67,9 +71,8 @@ def read_clip_apart(
     request = Request(os.path.abspath(path), budget, start_s, end_s, backend, timeout_s)
     with _state.lock:
         answer, frames = _ask(os.fspath(path), request)
-    if answer.kind == "clip":
-        assert answer.times_s is not None and frames is not None
-        return VideoClip(frames, answer.times_s, answer.start_s, answer.duration_s)
+    if answer.kind == "clip" and frames is not None:
+        return VideoClip(frames, np.array(answer.times_s, dtype=np.float64), answer.start_s, answer.duration_s)
     if answer.kind == "user_error":
         raise UserError(answer.text)
     if answer.kind == "bug":
@@ -89,7 +92,7 @@ def close_child() -> None:
         _state.child = None
 
 
-def _ask(path: str, request: Request) -> tuple[Answer, Any]:
+def _ask(path: str, request: Request) -> tuple[Answer, np.ndarray | None]:
     """The answer and its pixels. The child is started if need be, and given up whenever it does not answer."""
     for is_last in (False, True):
         child = _running_child(request.backend)
@@ -97,7 +100,8 @@ def _ask(path: str, request: Request) -> tuple[Answer, Any]:
             found = child.ask(request, time.monotonic() + request.timeout_s)
         except TimeoutError:
             close_child()
-            raise DecoderStopped(path, f"did not decode within data.decode_timeout_s={request.timeout_s:g}") from None
+            what = f"did not decode within data.decode_timeout_s={request.timeout_s:g}"
+            raise DecoderStopped(path, f"{what}; raise that for very long videos and slow disks") from None
         except BaseException:  # Ctrl-C: the answer to this request must not be taken for that to the next
             close_child()
             raise
@@ -106,7 +110,7 @@ def _ask(path: str, request: Request) -> tuple[Answer, Any]:
             if chatter:
                 get_logger().warning("%s: %s", path, chatter)
             return found
-        status = child.process.wait()
+        status = child.process.wait(END_LIMIT_S)  # the socket closed because it ends
         close_child()
         if is_last or status not in _OUTSIDE_ENDS:
             raise DecoderStopped(path, _last_words(status, chatter))
@@ -151,7 +155,7 @@ class _Child:
             except OSError as error:
                 raise _not_started(error) from error
         try:
-            ready = receive(self.channel, time.monotonic() + START_LIMIT_S)
+            ready = receive_answer(self.channel, time.monotonic() + START_LIMIT_S)
         except (EOFError, OSError) as error:
             self.kill()
             raise _not_started(error) from error
@@ -160,14 +164,13 @@ class _Child:
             self.kill()
             raise _not_started(text)
 
-    def ask(self, request: Request, deadline: float) -> tuple[Answer, Any] | None:
+    def ask(self, request: Request, deadline: float) -> tuple[Answer, np.ndarray | None] | None:
         """The answer and its pixels, None when the child died. Raises TimeoutError past `deadline`."""
         try:
             send(self.channel, request)
-            found = receive(self.channel, deadline)
+            return receive_answer(self.channel, deadline)
         except (ConnectionError, EOFError):
             return None
-        return found if found is None or isinstance(found, tuple) else (found, None)
 
     def chatter(self) -> str:
         """What was written to standard error since the last call: its end, one line."""
@@ -182,7 +185,10 @@ class _Child:
     def kill(self) -> None:
         """End it at once, wherever it is."""
         self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:  # nothing ends a process that waits for a dead disk; nor will we wait for it
+            get_logger().warning("the decoding process %d does not end and is left behind", self.process.pid)
         self.forget()
 
     def forget(self) -> None:

@@ -101,7 +101,7 @@ def measure_overhead(path: Path, repeats: int, budget: FrameBudget = BUDGET) -> 
 # ---------------------------------------------------------------------------------------------- memory
 def measure_memory(
     paths: Sequence[Path], *, num_decodes: int = 2000, every: int = 200, backend: str = "auto",
-    timeout_s: float | None = 120.0, budget: FrameBudget = BUDGET,
+    timeout_s: float | None = 300.0, budget: FrameBudget = BUDGET,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Resident MiB of one forked worker and of its decoding child, while the worker reads `paths` in turn.
 
@@ -174,7 +174,7 @@ def _measure_speed(folder: Path, repeats: int) -> dict[str, Any]:
 def _measure_growth(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     small, large = make_clip(folder / "32p-8.mp4", "32p", 8), make_clip(folder / "360p-4.mp4", "360p", 4)
     found: dict[str, Any] = {}
-    for name, timeout_s in (("apart", 120.0), ("here", None)):
+    for name, timeout_s in (("apart", 300.0), ("here", None)):
         readings = measure_memory([small, large], num_decodes=args.decodes, every=args.every, timeout_s=timeout_s)
         for reading in readings:
             print(f"{name:<8}" + "".join(f"{key:>14} {value:8.1f}" for key, value in reading.items()), flush=True)

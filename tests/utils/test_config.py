@@ -75,7 +75,8 @@ def test_shipped_files_hold_every_key_at_its_default() -> None:
     train, val, test = (
         (AnnotationSource(path=Path(f"data/annotations/{name}.jsonl")),) for name in ("train", "val", "test")
     )
-    assert config == SFTConfig(data=DataConfig(train=train, val=val, test=test))
+    in_use = {"quarantine": Path("data/cache/quarantine.jsonl")}
+    assert config == SFTConfig(data=DataConfig(train=train, val=val, test=test, **in_use))
     written = yaml.safe_load(SFT_YAML.read_text()) | yaml.safe_load(DATA_YAML.read_text())
     for section, model in SFTConfig.model_fields.items():
         assert model.annotation is not None and set(written[section]) == set(model.annotation.model_fields), section

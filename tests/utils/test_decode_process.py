@@ -159,6 +159,17 @@ def test_the_same_errors(video, tmp_path, monkeypatch):
         read(video, timeout_s=0)
 
 
+def test_names_and_bounds_of_every_kind(video):
+    """A name that is no UTF-8, bounds of NumPy's types, none and infinite."""
+    odd = os.path.join(os.fsencode(video.parent), b"odd \xff\n.mp4")
+    os.link(video, odd)
+    wanted = read_clip(video, BUDGET, backend="pyav", start_s=1.0)
+    for start_s, end_s in ((np.float32(1), None), (np.int64(1), np.float64(4))):
+        assert_same(read(os.fsdecode(odd), start_s=start_s, end_s=end_s), wanted)
+    with pytest.raises(VideoReadError, match="the stretch ends at inf s but the video ends at 4.000 s"):
+        read(os.fsdecode(odd), end_s=float("inf"))
+
+
 def test_a_fault_of_ours_is_no_fault_of_the_file(named):
     with pytest.raises(RuntimeError, match=r"(?s)buggy.mp4 failed in the decoding process.*no_such_attribute"):
         read(named("buggy"))
@@ -227,6 +238,22 @@ def test_pyav_reads_what_hangs_decord(named, video):
     pid = child_pid()
     assert ends_within(pid, 5)
     assert_same(read(video, backend="decord"), read_clip(video, BUDGET, backend="decord"))
+
+
+def test_a_child_that_nothing_ends_is_left_behind(named, video, monkeypatch, caplog):
+    """As one in an uninterruptible wait for a disk: here its kill has no effect."""
+    path = named("sleeping")
+    read(video)
+    left = decode_process._state.child.process
+    monkeypatch.setattr(decode_process, "END_LIMIT_S", 0.1)
+    monkeypatch.setattr(left, "kill", lambda: None)
+    with pytest.raises(DecoderStopped, match="did not decode"):
+        read(path, timeout_s=0.2)
+    assert f"the decoding process {left.pid} does not end and is left behind" in caplog.text
+    monkeypatch.undo()
+    assert len(read(video).frames) == 16 and child_pid() != left.pid
+    os.kill(left.pid, signal.SIGKILL)
+    os.waitpid(left.pid, 0)
 
 
 def test_a_child_that_cannot_start_is_named(video, monkeypatch):
