@@ -244,7 +244,7 @@ class FrameCache:
             # Not synced: an entry that a power cut tore is told by its checksum.
             with atomic_open(self.path_of(key), "wb", sync=False) as handle:
                 handle.write(header)
-                handle.write(memoryview(clip.frames.reshape(-1)))
+                handle.write(clip.frames.reshape(-1).data)
         except OSError as error:
             raise self._pause(*self._words(error, size)) from error
         self._unseen += size
