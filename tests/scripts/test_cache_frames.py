@@ -109,7 +109,8 @@ def test_videos_that_cannot_be_read_are_named(
     assert fill() == 1
     out = capsys.readouterr().out
     assert counts(out) == (2, 2, 0, 1, 0, 1)
-    assert f"unreadable: {tmp_path / 'train.jsonl'}:3: cannot read the video {tmp_path / 'gone.mp4'}: no such file" in out
+    row, gone = f"{tmp_path / 'train.jsonl'}:3", tmp_path / "gone.mp4"
+    assert f"unreadable: {row}: cannot read the video {gone}: no such file" in out
     assert fill("data.max_bad_fraction=0.5") == 0
 
 
