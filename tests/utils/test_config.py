@@ -194,8 +194,8 @@ def test_a_missing_file_is_not_blamed_on_the_other(write: Writer) -> None:
 def test_sections_of_another_command_are_passed_over(write: Writer) -> None:
     """Their values and overrides are not looked at, those of the others are."""
     path = write("training:\n  fps: 1\nmodel: 3\ndata:\n  fps: 1\n")
-    others = ("model", "training")
-    config = load_config(DataFile, [path], ["training.steps=2", "data.fps=4", "data.cache_dir=null"], passed_over=others)
+    others, overrides = ("model", "training"), ["training.steps=2", "data.fps=4", "data.cache_dir=null"]
+    config = load_config(DataFile, [path], overrides, passed_over=others)
     assert (config.data.fps, config.data.cache_dir) == (4.0, None)
     with pytest.raises(ConfigError, match="lora is not a section"):
         load_config(DataFile, [write("lora: {}\n", "b.yaml")], passed_over=others)
