@@ -4,9 +4,8 @@ Owns what makes two clips the same, the limit on the folder's size, and who deco
 Decoding, counting and what becomes of a full disk is `utils.clip_reader`'s.
 
 Nothing here locks. An entry appears whole, by a rename, or not at all; whoever finds it missing or damaged makes it
-again. A claim (`NAME.claim`) only asks others to wait for a decode that is under way: two decodes of one clip cost time
-and nothing else. What a killed process leaves behind (a claim, a `.tmp`) is passed over at once on its own machine,
-after `WAIT_S` on others, and removed an hour later.
+again. A claim (`utils.claims`) only asks others to wait for a decode that is under way: two decodes of one clip cost
+time and nothing else. What a killed process leaves behind (a claim, a `.tmp`) is removed an hour later.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from utils.claims import CLAIM_SUFFIX, claimed
 from utils.clip_file import DamagedClipError, StoredClip, digest_of_frames, pack_header, read_clip_file
 from utils.common import atomic_open
 from utils.logging_utils import human_bytes
@@ -48,8 +47,6 @@ RECENT_S = 600.0
 """An entry used within it, or since this cache was opened, is in use: it is never removed to make room."""
 TOUCH_S = 60.0
 """The time of an entry's last use is its modification time, and is written down no more often than this."""
-WAIT_S = 120.0
-"""How long a decode that another process has begun is waited for, unless that process is seen to be dead."""
 LEFTOVER_S = 3600.0
 """Temporary files and claims this old belong to nobody."""
 PAUSE_S = 60.0
@@ -244,7 +241,7 @@ class FrameCache:
             # Not synced: an entry that a power cut tore is told by its checksum.
             with atomic_open(self.path_of(key), "wb", sync=False) as handle:
                 handle.write(header)
-                handle.write(memoryview(clip.frames.reshape(-1)))
+                handle.write(clip.frames.reshape(-1).data)
         except OSError as error:
             raise self._pause(*self._words(error, size)) from error
         self._unseen += size
@@ -314,7 +311,7 @@ class FrameCache:
                         status = file.stat()
                         if file.name.endswith(SUFFIX):
                             found.append(_Entry(status.st_mtime, status.st_size, file.path))
-                        elif now - status.st_mtime > LEFTOVER_S and file.name.endswith((".tmp", ".claim")):
+                        elif now - status.st_mtime > LEFTOVER_S and file.name.endswith((".tmp", CLAIM_SUFFIX)):
                             with suppress(OSError):
                                 os.unlink(file.path)
         return found
@@ -323,15 +320,11 @@ class FrameCache:
     @contextmanager
     def turn(self, key: ClipKey) -> Iterator[None]:
         """Entered by one process at a time, as far as possible: the others wait for it, and then find its entry."""
-        claim = self.path_of(key).with_suffix(".claim")
-        is_mine = not self.is_paused and _wait_for_claim(claim)
-        try:
+        if self.is_paused:
             yield
-        finally:
-            if is_mine:
-                with suppress(OSError):
-                    if claim.read_text(encoding="utf-8") == _holder():
-                        claim.unlink()
+        else:
+            with claimed(self.path_of(key).with_suffix(CLAIM_SUFFIX)):
+                yield
 
 
 _checked: set[tuple[int, int, str]] = set()
@@ -356,49 +349,3 @@ def _remove(entries: list[_Entry], wanted: int, spare: int) -> int:
                 os.unlink(entry.path)
                 freed += entry.size
     return freed
-
-
-def _wait_for_claim(claim: Path) -> bool:
-    """Take `claim`, waiting for a living holder to give it back; False where that is not possible."""
-    patience = time.monotonic() + WAIT_S
-    while True:
-        try:
-            claim.parent.mkdir(parents=True, exist_ok=True)
-            with open(claim, "x", encoding="utf-8") as handle:
-                handle.write(_holder())
-            return True
-        except FileExistsError:
-            if time.monotonic() > patience or not _is_held(claim):
-                with suppress(OSError):
-                    claim.unlink()
-            else:
-                time.sleep(0.02)
-        except OSError:  # a folder that may only be read, a full disk: nothing will be stored either
-            return False
-
-
-def _holder() -> str:
-    """This process, not to be mistaken for a later one of its number."""
-    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
-
-
-def _is_held(claim: Path) -> bool:
-    """Whether the holder may still be at work."""
-    try:
-        host, pid, started = claim.read_text(encoding="utf-8").split()
-        if time.time() - claim.stat().st_mtime > 2 * WAIT_S:
-            return False
-    except FileNotFoundError:
-        return True  # just given back: the next try gets it
-    except (OSError, ValueError):
-        return True  # being written
-    return host != socket.gethostname() or started == "None" or str(_started(int(pid))) == started
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this machine began, in the kernel's ticks; None when it is dead, or where there is no /proc."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
