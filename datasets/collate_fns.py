@@ -9,8 +9,18 @@ from typing import Any
 import torch
 
 from datasets.encoding import IGNORE, Sample
+from utils.clip_reader import Reads
 
 Batch = dict[str, Any]
+
+
+def sum_reads(samples: Sequence[Sample]) -> Reads:
+    """What was decoded for all of them; samples that were not read by a `VideoTemporalDataset` count nothing."""
+    total = Reads()
+    for sample in samples:
+        if "reads" in sample:
+            total.add(sample["reads"])
+    return total
 
 
 def answer_columns(labels: torch.Tensor) -> torch.Tensor:
@@ -35,14 +45,20 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
     return out
 
 
+def join_patches(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The patches of all clips, one after the other; those of a single clip are not copied (150 MB and more)."""
+    return clips[0] if len(clips) == 1 else torch.cat(list(clips))
+
+
 @dataclass(frozen=True)
 class VideoCollator:
     """Pads samples of `VideoTemporalDataset` into one batch.
 
     Training (`side="right"`): `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L), `logits_to_keep`
     (K,), `pixel_values_videos` (all patches of all videos), `video_grid_thw` (B, 3). Generation (`side="left"`): the
-    same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the batch's good samples) and `faults`
-    (`[(row number, reason), ...]`). When every sample failed, `blank` keeps the step alive with nothing to learn.
+    same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the batch's good samples), `faults`
+    (`[(row number, reason), ...]`) and `reads` (the sum of the samples'). When every sample failed, `blank` keeps the
+    step alive with nothing to learn.
     """
 
     pad_token_id: int
@@ -54,7 +70,8 @@ class VideoCollator:
         faults = [(sample["index"], sample["fault"]) for sample in samples if "fault" in sample]
         good = [sample for sample in samples if "fault" not in sample]
         batch = self._pad(good or [self._nothing_to_learn()])
-        return {**batch, "indices": [sample["index"] for sample in good], "faults": faults}
+        indices = [sample["index"] for sample in good]
+        return {**batch, "indices": indices, "faults": faults, "reads": sum_reads(samples)}
 
     def _nothing_to_learn(self) -> Sample:
         if "labels" not in self.blank:
@@ -67,7 +84,7 @@ class VideoCollator:
             "input_ids": pad_rows(ids, self.pad_token_id, self.side),
             "attention_mask": pad_rows([torch.ones_like(row) for row in ids], 0, self.side),
             "mm_token_type_ids": pad_rows([sample["mm_token_type_ids"] for sample in samples], 0, self.side),
-            "pixel_values_videos": torch.cat([sample["pixel_values_videos"] for sample in samples]),
+            "pixel_values_videos": join_patches([sample["pixel_values_videos"] for sample in samples]),
             "video_grid_thw": torch.cat([sample["video_grid_thw"] for sample in samples]),
         }
         if "labels" in samples[0]:

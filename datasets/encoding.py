@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from datasets.pixels import with_quick_pixels
 from utils.common import UserError
 from utils.logging_utils import get_logger
 from utils.video import VideoClip
@@ -51,7 +52,7 @@ def encode_prompt(processor: Any, messages: Sequence[dict[str, Any]], clip: Vide
     require_plain_text(processor, messages)
     text = processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
-    inputs = processor(
+    inputs = with_quick_pixels(processor)(
         text=[text],
         videos=[frames],
         video_metadata=[clip.metadata()],

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from datasets.collate_fns import Batch
+from datasets.collate_fns import Batch, sum_reads
 from datasets.encoding import IGNORE, PromptError, Sample, append_answer, require_plain_text
 from datasets.shared_prompt import encode_alike, encode_shared, split_prompt
 from datasets.video_dataset import VideoTemporalDataset
@@ -24,7 +24,8 @@ from utils.video import VideoReadError
 
 Unit = dict[str, Any]
 """Queries on one clip: `prefix` (a sample that ends with the video), `tails` and for training `answers` (token ids of
-each query, after the video and of its answer), `indices` (row numbers); or `indices` and a `fault`."""
+each query, after the video and of its answer), `indices` (row numbers); or `indices` and a `fault`. Always `reads`, as
+a sample."""
 
 
 class SharedVideoDataset(Dataset[Sample]):
@@ -63,9 +64,10 @@ class SharedVideoDataset(Dataset[Sample]):
         """Rows of one clip, encoded; a fault when the clip cannot be read."""
         row = self.queries.rows[indices[0]]
         try:
-            return self._encode(list(indices), self.queries.clip(row))
+            unit = self._encode(list(indices), self.queries.clip(row))
         except (VideoReadError, PromptError) as error:
-            return {"indices": list(indices), "fault": f"{row.file}:{row.line}: {error}"}
+            unit = {"indices": list(indices), "fault": f"{row.file}:{row.line}: {error}"}
+        return unit | {"reads": self.queries.reader.take()}
 
     def blank(self) -> Unit:
         """A black clip with a row's question: stands in for a batch of faults, with nothing to learn."""
@@ -166,7 +168,7 @@ class VideoSampler(Sampler[int]):
 @dataclass(frozen=True)
 class UnitCollator:
     """Units -> a batch: `units`, `labels` (1, N) with every answer token of the batch (what an update counts),
-    `indices`, `faults`. When every unit failed, `blank` keeps the step alive with nothing to learn."""
+    `indices`, `faults`, `reads`. When every unit failed, `blank` keeps the step alive with nothing to learn."""
 
     blank: Unit
 
@@ -180,4 +182,5 @@ class UnitCollator:
             "labels": torch.cat([torch.tensor([IGNORE]), *answers])[None],
             "indices": [index for unit in good for index in unit["indices"]],
             "faults": [(index, unit["fault"]) for unit in units if "fault" in unit for index in unit["indices"]],
+            "reads": sum_reads(units),
         }

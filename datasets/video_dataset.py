@@ -1,6 +1,6 @@
 """Annotation rows -> samples the model trains on or answers.
 
-Owns which row asks and answers what, and what happens to a video that cannot be read. Decoding is `utils.video`,
+Owns which row asks and answers what, and what happens to a video that cannot be read. Clips are `utils.clip_reader`,
 rows are `utils.rows`, tokens are `datasets.encoding`, batches are `datasets.collate_fns`.
 """
 
@@ -13,11 +13,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datasets.encoding import PromptError, Sample, append_answer, fit_prompt, require_plain_text
+from utils.clip_reader import ClipReader
 from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
 from utils.prompts import build_messages, format_answer
-from utils.quarantine import decode_clip
 from utils.rows import Row, clip_bounds, load_annotations, look_up_video, model_windows
 from utils.selection import select_rows
 from utils.spans import parse_spans
@@ -50,8 +50,9 @@ class VideoTemporalDataset(Dataset[Sample]):
     """Temporal grounding: one sample per labelled row.
 
     `dataset[i]` gives `input_ids` (L,), `mm_token_type_ids` (L,), `pixel_values_videos`, `video_grid_thw` (1, 3),
-    `index`, and for training `labels` (L,). A video that cannot be read gives `{"index": i, "fault": reason}`, which
-    the collator counts: it is never replaced by a neighbour. `sample(i)` raises instead.
+    `index`, for training `labels` (L,), and `reads`: what was decoded for it (`utils.clip_reader.Reads`). A video that
+    cannot be read gives `{"index": i, "fault": reason, "reads": ...}`, which the collator counts: it is never replaced
+    by a neighbour. `sample(i)` raises instead.
 
     To teach another task override `is_usable`, `question` and `answer`; `VideoQADataset` below is the example.
 
@@ -81,6 +82,7 @@ class VideoTemporalDataset(Dataset[Sample]):
         seed: int = 42,
     ) -> None:
         self.data = data
+        self.reader = ClipReader(data)
         self.processor = processor
         self.prompt = prompt or PromptConfig()
         self.with_answer = with_answer
@@ -135,14 +137,13 @@ class VideoTemporalDataset(Dataset[Sample]):
 
     # ------------------------------------------------------------------ samples
     def clip(self, row: Row) -> VideoClip:
-        """Decode the labelled stretch of the row's video. Raises VideoReadError, for one outside `data.videos_root`
-        too."""
+        """The labelled stretch of the row's video. Raises VideoReadError, for one outside `data.videos_root` too."""
         bounds = clip_bounds(row, self.data.trim)
         start_s, end_s = bounds if bounds is not None else (None, None)
         path, fault = look_up_video(row, self.data.videos_root)
         if fault is not None:
             raise VideoReadError(path, fault)
-        return decode_clip(path, self.data, start_s, end_s)
+        return self.reader.read(path, start_s, end_s)
 
     def sample(self, index: int) -> Sample:
         """The sample of row `index`. Raises VideoReadError for a video that cannot be read."""
@@ -184,10 +185,11 @@ class VideoTemporalDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            return self.sample(index)
+            sample = self.sample(index)
         except (VideoReadError, PromptError) as error:
             row = self.rows[index]
-            return {"index": index, "fault": f"{row.file}:{row.line}: {error}"}
+            sample = {"index": index, "fault": f"{row.file}:{row.line}: {error}"}
+        return sample | {"reads": self.reader.take()}
 
     @property
     def lengths(self) -> list[int]:

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets.encoding import PromptError, require_plain_text
@@ -18,9 +17,10 @@ from datasets.shared_prompt import SharedPrompt, encode_alike
 from datasets.shared_video import share_clips
 from trainers.model import Policy
 from trainers.shared_decoding import continue_texts, prefill
+from utils.clip_reader import ClipReader
 from utils.common import UserError, nearest
 from utils.prompts import PromptContract, build_messages
-from utils.video import VideoClip, VideoReadError, read_clip
+from utils.video import VideoClip, VideoReadError
 
 ITEM_KEYS = ("video", "query", "video_start", "video_end")
 Item = Sequence[Any] | Mapping[str, Any]
@@ -134,18 +134,15 @@ def answer_queries(
 def _encode(policy: Policy, queries: Sequence[Query]) -> Iterator[_Unit | Answer]:
     """Clip by clip: read once, and its queries' prompts divided; faults at once."""
     assert policy.contract is not None
+    reader = ClipReader(policy.contract.data)
     for numbers in share_clips(range(len(queries)), lambda number: queries[number].clip_key, most=len(queries)):
         try:
-            clip = _read(policy.contract, queries[numbers[0]])
+            first = queries[numbers[0]]
+            clip = reader.read(first.video, first.start_s, first.end_s)
         except VideoReadError as error:
             yield from (Answer(number, error=error) for number in numbers)
         else:
             yield from _encode_clip(policy, policy.contract, {number: queries[number] for number in numbers}, clip)
-
-
-def _read(contract: PromptContract, query: Query) -> VideoClip:
-    data = contract.data
-    return read_clip(Path(query.video), data.budget, start_s=query.start_s, end_s=query.end_s, backend=data.backend)
 
 
 def _encode_clip(

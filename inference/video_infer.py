@@ -36,13 +36,14 @@ from inference.timeline_rows import EMPTY_WINDOW  # noqa: E402
 from inference.visualize import visualize_temporal_grounding  # noqa: E402
 from trainers.generation import generate_texts  # noqa: E402
 from trainers.model import Policy, load_for_inference  # noqa: E402
+from utils.clip_reader import ClipReader  # noqa: E402
 from utils.config import DataFile, load_config  # noqa: E402
 from utils.curves import figure_format  # noqa: E402
 from utils.logging_utils import get_logger, setup_logging  # noqa: E402
 from utils.palette import THEMES  # noqa: E402
 from utils.prompts import PromptContract, build_messages  # noqa: E402
 from utils.spans import Span, parse_spans  # noqa: E402
-from utils.video import VideoClip, clip_from_frames, probe_video, read_clip, resize_clip  # noqa: E402
+from utils.video import VideoClip, clip_from_frames, probe_video, resize_clip  # noqa: E402
 
 __all__ = ["VideoTemporalInference", "animate_temporal_grounding", "visualize_temporal_grounding"]
 
@@ -216,10 +217,9 @@ class VideoTemporalInference:
     ) -> VideoClip:
         if (path is None) == (frames is None):
             raise UserError("give either video_path or frames (with times_s or fps), not both and not neither")
-        budget = self.contract.data.budget
         if frames is not None:
-            return resize_clip(clip_from_frames(frames, times_s=times_s, fps=fps), budget)
-        return read_clip(Path(str(path)), budget, start_s=start, end_s=end, backend=self.contract.data.backend)
+            return resize_clip(clip_from_frames(frames, times_s=times_s, fps=fps), self.contract.data.budget)
+        return ClipReader(self.contract.data).read(str(path), start, end)
 
     def _answer(
         self, clip: VideoClip, query: str, name: str, max_new_tokens: int | None, sampling: dict[str, Any]

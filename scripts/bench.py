@@ -6,6 +6,7 @@
     python scripts/bench.py sft --prompt_tokens 1200 --queries 4
     python scripts/bench.py sft --size 4b --device cuda --prompt_tokens 8192 --queries 4
     python scripts/bench.py inference --prompt_tokens 1200 --queries 8
+    python scripts/bench.py data
     python scripts/bench.py decoding speed
     python scripts/bench.py decoding memory --decodes 2000
 
@@ -41,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_curve(commands.add_parser("grpo_curve", help="the figure of docs/benchmarks.md, its numbers beside it as CSV"))
     _add_sft(commands.add_parser("sft", help="a training step on queries that share videos: table and JSON line"))
     _add_inference(commands.add_parser("inference", help="queries on one video, answered: table and JSON line"))
+    _add_data(commands.add_parser("data", help="decoders, the frame cache and the data loader: table and JSON line"))
     _add_decoding(commands.add_parser("decoding", help="decoders against each other, or memory over many decodes"))
     return parser.parse_args(argv)
 
@@ -82,6 +84,20 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decodes", type=int, default=2000, help="reads in one worker (%(default)s)")
     parser.add_argument("--every", type=int, default=200, help="reads between two looks at its memory (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the record here, indented")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heights", type=int, nargs="+", choices=(32, 360, 720), default=[360, 720], help="of clips")
+    parser.add_argument("--seconds", type=int, nargs="+", default=[30, 150], help="lengths of clips (%(default)s)")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames taken of a second (%(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", choices=range(9), default=[0, 1, 2], help="of the loader")
+    parser.add_argument("--rows", type=int, default=4, help="samples in a pass of the data loader (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the clips are kept (a temporary folder)")
+    parser.add_argument("--memory", action="store_true", help="also memory over --decodes decodes in one worker")
+    parser.add_argument("--decodes", type=int, default=2000, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats after a warm-up (%(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the record here, indented")
+    parser.set_defaults(device="cpu")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

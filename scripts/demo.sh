@@ -27,7 +27,7 @@ configs=(--config configs/demo/sft_config.yaml --data_config configs/demo/video_
 rl_configs=(--config configs/demo/rl_config.yaml --data_config configs/demo/video_config.yaml)
 places=(
     "data.train=$output/data/train.jsonl" "data.val=$output/data/val.jsonl" "data.test=$output/data/test.jsonl"
-    "training.metrics_dir=$output/metrics" "training.logging_dir=$output/logs"
+    "data.cache_dir=$output/cache" "training.metrics_dir=$output/metrics" "training.logging_dir=$output/logs"
 )
 step "1/5 synthetic videos with annotations"
 "$python" scripts/make_demo_data.py --output_dir "$output/data"

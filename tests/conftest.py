@@ -63,6 +63,7 @@ def answering_model(tiny_model: Path, demo_data: Path, tmp_path_factory: pytest.
     overrides = [
         f"model.name_or_path={tiny_model}",
         *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val")),
+        "data.cache_dir=null",
         "training.per_device_train_batch_size=16",
         "training.max_steps=40",
         "training.dataloader_num_workers=0",

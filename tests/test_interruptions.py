@@ -38,6 +38,7 @@ NUM_STEPS = 14
 VALIDATED = (4, 8, 12, NUM_STEPS)
 SAVED_EVERY = 2
 COMMON = (
+    "data.cache_dir=null",
     f"training.max_steps={NUM_STEPS}",
     f"training.save_steps={SAVED_EVERY}",
     "training.eval_steps=4",
@@ -48,7 +49,7 @@ COMMON = (
     "training.dataloader_num_workers=1",
     "training.report_to=none",
 )
-TIMED = ("per_second", "memory", "time", "runtime")
+TIMED = ("per_second", "memory", "time", "runtime", "data/")
 """Parts of names of figures that no two runs share."""
 PATIENCE_S = 300
 BEGUN = "the model sees the video"

@@ -69,6 +69,7 @@ def start(
             *("--num_gpus", "2", "--output_dir", str(tmp_path / "run"), *own),
             *("--config", str(REPO_ROOT / f"configs/demo/{stage}_config.yaml")),
             *("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")),
+            *("data.cache_dir=null",),
             *(f"data.train={rows}", *(f"data.{split}={demo_data / split}.jsonl" for split in ("val", "test"))),
             *("training.eval_strategy=no", "training.save_strategy=no", "training.logging_steps=1"),
             *("training.dataloader_num_workers=0", "training.run_name=run"),

@@ -256,6 +256,7 @@ def test_the_entry_scripts_say_so_in_one_line(
         *("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")),
         *("--output_dir", str(tmp_path / "run"), "--model_path", str(folder), "--dry_run"),
         *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+        "data.cache_dir=null",
     ]
     monkeypatch.setattr(sys, "argv", [f"train_{kind}.py", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -535,7 +536,7 @@ def test_rows_that_leave_the_root_are_counted_bad(
 def never_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The videos that were opened, instead of opening them."""
     opened: list[str] = []
-    monkeypatch.setattr("datasets.video_dataset.decode_clip", lambda path, *_args, **_more: opened.append(path.name))
+    monkeypatch.setattr("utils.clip_reader.decode", lambda path, *_args, **_more: opened.append(path.name))
     return opened
 
 

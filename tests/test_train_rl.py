@@ -53,6 +53,7 @@ def arguments(answering_adapter: Path, demo_data: Path, tmp_path: Path) -> list[
         *("--config", str(RL_CONFIG), "--data_config", str(DATA_CONFIG)),
         *("--output_dir", str(tmp_path / "run"), "--model_path", str(answering_adapter)),
         *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+        "data.cache_dir=null",
         "training.num_generations=4",
         "training.per_device_train_batch_size=4",
         "training.gradient_accumulation_steps=2",

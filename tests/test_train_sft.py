@@ -50,6 +50,7 @@ def arguments(tiny_model: Path, demo_data: Path, tmp_path: Path) -> list[str]:
         "--model_path",
         str(tiny_model),
         *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+        "data.cache_dir=null",
         "training.per_device_train_batch_size=4",
         "training.max_steps=4",
         "training.max_eval_samples=4",

@@ -42,6 +42,7 @@ def flags(
             *("--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")),
             *("--output_dir", str(tmp_path / name), *own[stage]),
             *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+            "data.cache_dir=null",
             "training.gradient_accumulation_steps=2",
             "training.max_steps=3",
             "training.logging_steps=1",

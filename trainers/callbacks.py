@@ -176,6 +176,7 @@ def slash_names(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer's flat keys as stable slash names: `loss` -> `train/loss`, `eval_mIoU` -> `eval/mIoU`.
 
     Its summary of the whole run (`train_loss`, `train_runtime`, ...) goes to `run/`: `train/loss` is one step's.
+    What was decoded keeps its names (`data/decoded`, `data/cache_hits`, ...).
     What completions earn goes to `reward/`, the sum as `reward/total`, the share of groups that teach nothing as
     `reward/zero_spread`; each component under its name, as `reward/temporal_iou`, `reward/temporal_iou_std`, ...
     """
@@ -193,6 +194,8 @@ _REWARD_NAMES = {
 def _slash_name(key: str) -> str:
     if key in _REWARD_NAMES:
         return _REWARD_NAMES[key]
+    if key.startswith("data/"):
+        return key
     for ending, short in (("/mean", ""), ("/std", "_std"), ("/zero_spread", "_zero_spread")):
         if name := _between(key, "rewards/", ending):
             return f"reward/{name}{short}"

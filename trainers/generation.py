@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from datasets.collate_fns import Batch
 from datasets.encoding import IGNORE
+from utils.clip_reader import Reads
 from utils.common import UserError
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
@@ -92,6 +93,8 @@ class Answers:
     texts: dict[int, str]
     """Answer per row number; "" for a row whose video could not be read, so that it scores 0 and is not forgotten."""
     faults: list[tuple[int, str]]
+    reads: Reads = field(default_factory=Reads)
+    """What was decoded for it, by this process and its workers."""
 
 
 def answer_rows(
@@ -103,6 +106,7 @@ def answer_rows(
     """
     texts: dict[int, str] = {}
     faults: list[tuple[int, str]] = []
+    reads = Reads()
     for batch in loader:
         if blind:
             batch = {**batch, "pixel_values_videos": torch.zeros_like(batch["pixel_values_videos"])}
@@ -111,7 +115,8 @@ def answer_rows(
         texts |= dict(zip(batch["indices"], answers, strict=False))
         texts |= {index: "" for index, _ in batch["faults"]}
         faults += batch["faults"]
-    return Answers(texts, faults)
+        reads.add(batch["reads"])
+    return Answers(texts, faults, reads)
 
 
 def reset_rope(model: Any) -> None:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from datasets.collate_fns import VideoCollator
+from datasets.collate_fns import VideoCollator, sum_reads
 from datasets.encoding import Sample, append_answer
 from datasets.rollouts import GroupSampler, RolloutCollator, RolloutDataset, RolloutRow
 from datasets.video_dataset import VideoTemporalDataset
@@ -212,6 +212,7 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
         self._faulty = [is_fault(sample) for sample in samples for _ in range(self.num_generations)]
         faults = [(sample["index"], sample["fault"]) for sample in samples if is_fault(sample)]
         self.faults.add(faults)
+        self.count_reads(sum_reads(samples))
         blank: Sample = self.rows.prompts.blank() if faults else {}
         self._prompts = [make_prompt(self.model, blank if is_fault(sample) else sample) for sample in samples]
         self._active = self._prompts
@@ -384,6 +385,7 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
     def _first_readable(self) -> Sample:
         for index in range(len(self.rows)):
             sample = self.rows.prompts[index]
+            self.count_reads(sample["reads"])
             if not is_fault(sample):
                 return sample
             self.faults.add([(index, sample["fault"])])

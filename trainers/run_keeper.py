@@ -33,6 +33,7 @@ from trainers.model import Policy
 from trainers.parts import LearningRates, parameter_size, part_of
 from trainers.resumable import ResumableTrainer
 from utils.checkpoints import BEST, FINAL, replace_folder, rotate, saving, start_save, unfinished_of, write_manifest
+from utils.clip_reader import Reads, warn_once
 from utils.common import UserError, atomic_open, write_json
 from utils.config import RLConfig, SFTConfig
 from utils.logging_utils import get_logger, peak_memory_bytes
@@ -129,6 +130,7 @@ class RunKeeper(ResumableTrainer):
         pad = policy.processor.tokenizer.pad_token_id
         self.eval_collator = VideoCollator(pad, eval_dataset.blank(), side="left") if eval_dataset is not None else None
         self.speed = SpeedMeter()
+        self.reads = Reads()
         self.prepare_to_stop(setup.early_stopping_patience)
 
     def watch(self) -> None:
@@ -162,6 +164,11 @@ class RunKeeper(ResumableTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # Trainer's would decode every video to group rows by length
+
+    def count_reads(self, reads: Reads) -> None:
+        """Note what was decoded for a batch, in a worker or here."""
+        self.reads.add(reads)
+        warn_once(reads.problems)
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -259,6 +266,7 @@ class RunKeeper(ResumableTrainer):
                 bf16=self.args.bf16,
                 synced_gpus=is_deepspeed_zero3_enabled(),
             )
+        self.count_reads(answers.reads)
         FaultCounter(len(dataset), self.setup.max_bad_fraction).add(gather_object(answers.faults))
         return dict(gather_object(list(answers.texts.items())))
 
@@ -363,6 +371,7 @@ class RunKeeper(ResumableTrainer):
             logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
             logs["peak_memory_gb"] = peak_memory_bytes() / 2**30
             logs["unreadable_videos"] = len(self.faults.rows)
+            logs |= self.read_counts()
             if not math.isfinite(logs["loss"]):
                 get_logger().warning(
                     "step %d: the loss is %s; lower the learning rates or training.max_grad_norm",
@@ -370,6 +379,15 @@ class RunKeeper(ResumableTrainer):
                     logs["loss"],
                 )
         super().log(logs, start_time)
+
+    def read_counts(self) -> dict[str, int]:
+        """`data/decoded`, `data/cache_hits`, ...: clips of all processes since this one began, validation included.
+
+        Collective: every process calls it.
+        """
+        counts = self.reads.counts
+        total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=self.args.device))
+        return {f"data/{name}": value for name, value in zip(counts, total.tolist(), strict=True)}
 
     def learning_rates(self) -> dict[str, float]:
         """`learning_rate/<part>` as the scheduler has them now."""

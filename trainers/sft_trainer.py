@@ -147,8 +147,9 @@ class VideoSFTTrainer(RunKeeper):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Count the batch's faults and tokens, then Trainer's own (model forward and `answer_loss`)."""
+        """Count the batch's faults, reads and tokens, then Trainer's own (model forward and `answer_loss`)."""
         self.faults.add(inputs.pop("faults"))
+        self.count_reads(inputs.pop("reads"))
         if self._shared is not None:
             num_samples, inputs = max(1, len(inputs["indices"])), packed_inputs(self.model, inputs)
             num_tokens = inputs["input_ids"].numel()
@@ -170,6 +171,7 @@ class VideoSFTTrainer(RunKeeper):
             return
         for index in range(len(self.train_dataset)):
             sample = self.train_dataset[index]
+            self.count_reads(sample["reads"])
             if "fault" not in sample:
                 self._check(sample, index)
                 return
@@ -179,7 +181,9 @@ class VideoSFTTrainer(RunKeeper):
         if self.setup.blindness_guard:
             get_logger().info(check_sees_video(self.model_wrapped, self.plain_collator([sample])))
         if self._shared is not None:
-            get_logger().info(self._check_sharing(self._shared.unit([index])))
+            unit = self._shared.unit([index])
+            self.count_reads(unit["reads"])
+            get_logger().info(self._check_sharing(unit))
 
     def _check_sharing(self, unit: Unit) -> str:
         model, was_training = self.model_wrapped, self.model.training

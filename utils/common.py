@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -58,14 +59,16 @@ def _is_short_for(name: str, option: str) -> bool:
 
 
 @contextmanager
-def atomic_open(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_open(path: str | os.PathLike[str], mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary sibling of `path` for writing; on success sync it and rename it over `path`.
 
-    A reader sees the old file or the whole new one, never half of it. On any error the temporary file is removed.
+    A reader sees the old file or the whole new one, never half of it. On any error the temporary file is removed; a
+    killed process leaves `.NAME.PID.RANDOM.tmp`, whose name no other process takes, on whatever machine.
+    `sync=False` is for what can be told when a power cut tore it, and made again.
     Raises UserError for a place that cannot be written to, such as a folder without permission.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         open(temporary, "ab").close()
@@ -80,7 +83,8 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            if sync:
+                os.fsync(handle.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -171,6 +171,11 @@ class DataConfig(StrictModel):
     link; null: the annotation file's folder, then the working directory, and any path is opened."""
     backend: Literal["auto", "decord", "pyav", "qwen_vl_utils"] = "auto"
     """Video decoder; auto takes the fastest."""
+    cache_dir: Annotated[Path, Field(strict=False)] | None = None
+    """Folder that keeps decoded frames, so that no clip is decoded twice; several runs and machines may share it. null
+    keeps none. Relative to the working directory."""
+    cache_max_gb: float = Field(200.0, gt=0)
+    """Size of that folder at most, in GB of 1e9 bytes; what was not used for longest goes first."""
     fps: float = Field(2.0, gt=0)
     """Frames sampled per second of video."""
     min_frames: int = Field(4, ge=1)
@@ -199,6 +204,13 @@ class DataConfig(StrictModel):
     """Share of bad rows and unreadable videos past which a run stops; each one is named and counted."""
     select: SelectConfig | None = None
     """A choice of the training rows, for GRPO; null takes all."""
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("must be a folder, or null to keep no frames")
+        return value
 
     @field_validator("quarantine", mode="before")
     @classmethod
@@ -352,19 +364,23 @@ ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
 
 def load_config(
-    cls: type[ConfigT], paths: Sequence[str | os.PathLike[str]] = (), overrides: Sequence[str] = ()
+    cls: type[ConfigT],
+    paths: Sequence[str | os.PathLike[str]] = (),
+    overrides: Sequence[str] = (),
+    *,
+    passed_over: Collection[str] = (),
 ) -> ConfigT:
     """The configuration in the YAML files `paths`, with the `section.key=value` words of `overrides` laid over them.
 
     A section stands in one of the files at most; one that stands nowhere keeps its defaults. The values of overrides
-    are YAML, and of two for one key the later wins. Imports transformers (and trl for GRPO) when `cls` has a `training`
-    section.
+    are YAML, and of two for one key the later wins. The sections `passed_over` may stand there and are not read.
+    Imports transformers (and trl for GRPO) when `cls` has a `training` section.
     Raises ConfigError with every mistake of all files and overrides.
     """
     document = merge([read_file(Path(path), list(cls.model_fields)) for path in paths])
     apply_overrides(document, overrides)
     found = [Finding((), problem) for problem in document.problems]
-    unknown = [name for name in document.values if name not in cls.model_fields]
+    unknown = [name for name in document.values if name not in cls.model_fields and name not in passed_over]
     found += [Finding((), unknown_key((name,), cls.model_fields, document)) for name in unknown]
     models = _section_models(cls)
     sections = {name: read_section(name, models, document, found) for name in models}

@@ -320,21 +320,30 @@ class VideoFile:
         """
         frames = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
         found = np.zeros(len(wanted), dtype=bool)
-        for i, frame in self.decode_each(stretch, wanted, height, width):
-            frames[i], found[i] = frame, True
+        # A decoder that guesses the order of frames may drop one where it passed over others: then once more in full.
+        for is_quick in (True, False) if self._passes_over else (False,):
+            missing = np.flatnonzero(~found)
+            if len(missing):
+                for i, frame in self.decode_each(stretch, wanted[missing], height, width, is_quick=is_quick):
+                    frames[missing[i]], found[missing[i]] = frame, True
         return frames, found
 
     def decode_each(
-        self, stretch: Stretch, wanted: np.ndarray, height: int, width: int
+        self, stretch: Stretch, wanted: np.ndarray, height: int, width: int, *, is_quick: bool = False
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The same one by one, in the order they are shown: (index in `wanted`, frame); lost frames are left out."""
+        """The same one by one, in the order they are shown: (index in `wanted`, frame); lost frames are left out.
+
+        With `is_quick` the decoder passes over frames that nobody wants and no other frame refers to. It changes no
+        pixel of the others.
+        """
         import av
 
         position = {tick: i for i, tick in enumerate(wanted.tolist())}
         turns = self.rotation // 90
         coded = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
         resize = av.video.reformatter.VideoReformatter()
-        for picture in self._pictures(stretch, stretch.log.needed(wanted)):
+        whole = set(position) if is_quick else None
+        for picture in self._pictures(stretch, stretch.log.needed(wanted), whole):
             i = position.pop(picture.pts, None)
             if i is not None:
                 # One thread: for small pictures swscale's own threads cost 20 times the work.
@@ -348,7 +357,14 @@ class VideoFile:
         everything = np.ones(len(stretch.log.ticks), dtype=bool)
         return np.isin(stretch.ticks, [picture.pts for picture in self._pictures(stretch, everything)])
 
-    def _pictures(self, stretch: Stretch, needed: np.ndarray) -> Iterator[Any]:
+    @property
+    def _passes_over(self) -> bool:
+        """Whether the decoder can be told to pass over frames by their packets: in H.264 frames say whether others
+        refer to them, and these containers hold one in each packet."""
+        return self.seeks_exactly and self._stream.codec_context.name == "h264"
+
+    def _pictures(self, stretch: Stretch, needed: np.ndarray, whole: set[int] | None = None) -> Iterator[Any]:
+        """Pictures as shown, of the `needed` packets; all but those at the ticks `whole` may be passed over."""
         packets: Iterable[Packet] | None = stretch.log.packets
         with plain_errors(self.path):
             if packets is None:
@@ -358,21 +374,29 @@ class VideoFile:
             pairs = zip(packets, needed.tolist(), strict=False)
             for is_needed, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
                 if is_needed:
-                    yield from self._decode_packets(packet for packet, _ in run)
+                    yield from self._decode_packets((packet for packet, _ in run), whole)
 
-    def _decode_packets(self, packets: Iterable[Packet]) -> Iterator[Any]:
+    def _decode_packets(self, packets: Iterable[Packet], whole: set[int] | None = None) -> Iterator[Any]:
         """Pictures as shown; a packet that gives none (damaged, or refers to lost ones) is skipped."""
         import av
 
         context = self._stream.codec_context
         context.flush_buffers()
-        for packet in itertools.chain(packets, [None]):
-            try:
-                pictures = context.decode(packet)
-            except av.error.InvalidDataError:
-                continue
-            self.num_decoded += len(pictures)
-            yield from pictures
+        was_wanted = False
+        try:
+            for packet in itertools.chain(packets, [None]):
+                is_wanted = whole is None or packet is None or packet.pts in whole
+                # The packet after a wanted one is decoded too: it might hold the second field of the same picture.
+                context.skip_frame = "DEFAULT" if is_wanted or was_wanted else "NONREF"
+                was_wanted = is_wanted
+                try:
+                    pictures = context.decode(packet)
+                except av.error.InvalidDataError:
+                    continue
+                self.num_decoded += len(pictures)
+                yield from pictures
+        finally:
+            context.skip_frame = "DEFAULT"
         context.flush_buffers()
 
 

@@ -193,16 +193,22 @@ def _best(call: Callable[[], Any]) -> float:
 
 def circumstances(model: Any, device: str, **more: Any) -> dict[str, Any]:
     """Model, machine and versions."""
-    packages = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores ({platform.machine()})"
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         **more,
+        **surroundings(device, PACKAGES),
+    }
+
+
+def surroundings(device: str, packages: Sequence[str]) -> dict[str, Any]:
+    """Machine, the versions of those `packages` that are installed, and the day."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores ({platform.machine()})"
+    return {
         "machine": machine,
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
         "date": time.strftime("%Y-%m-%d"),
     }
 

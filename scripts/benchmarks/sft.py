@@ -170,7 +170,7 @@ class Work:
         """All rows, padded, as the data loader gives them otherwise; what the model takes of it."""
         collate = VideoCollator(self.processor.tokenizer.pad_token_id, self.queries.blank())
         batch = collate([self.queries[index] for index in range(len(self.queries))])
-        del batch["indices"], batch["faults"]
+        del batch["indices"], batch["faults"], batch["reads"]
         return send_to_device(batch, self.cell.device)
 
     def sizes(self) -> dict[str, Any]:

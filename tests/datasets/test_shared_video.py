@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import datasets.video_dataset
 from datasets.encoding import IGNORE
 from datasets.shared_video import SharedQuestionDataset, SharedVideoDataset, UnitCollator, VideoSampler, share_clips
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
 from utils.config import DataConfig, PromptConfig
-from utils.quarantine import decode_clip
+from utils.quarantine import decode
 from utils.rows import Row, read_rows, write_rows
 from utils.spans import Span
 
@@ -126,9 +125,9 @@ def test_a_clip_is_read_once_for_its_rows(dataset_for: DataFor, monkeypatch: pyt
 
     def counting(path: Path, *args: Any, **kwargs: Any) -> Any:
         read.append(path)
-        return decode_clip(path, *args, **kwargs)
+        return decode(path, *args, **kwargs)
 
-    monkeypatch.setattr(datasets.video_dataset, "decode_clip", counting)
+    monkeypatch.setattr("utils.clip_reader.decode", counting)
     SharedVideoDataset(dataset_for(), 8).__getitems__([0, 2, 1, 3])
     assert len(read) == 2 and len(set(read)) == 2
 

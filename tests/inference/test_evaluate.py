@@ -25,7 +25,7 @@ from inference.video_infer import VideoTemporalInference
 from tests.tiny import tiny_checkpoint
 from trainers.shared_prefix import backbone_of
 from utils.common import REPO_ROOT, UserError
-from utils.config import DataConfig, PromptConfig
+from utils.config import DataConfig, DataFile, PromptConfig, load_config, save_config
 from utils.rows import read_rows, write_rows
 
 ANSWERS = ("From 1.0 to 3.0 seconds.", "From 4.0 to 8.0 seconds.", "no idea", "The event does not happen in the video.")
@@ -443,7 +443,9 @@ def test_videos_deleted_between_runs_are_not_needed(
 @pytest.fixture
 def launched(tiny_model: Path, annotations: Path) -> Callable[..., list[str]]:
     """`launched(folder, processes)`: a command line that evaluates an untrained model on the CPU."""
-    flags = ["--model_path", str(tiny_model), "--data_config", str(REPO_ROOT / "configs/demo/video_config.yaml")]
+    demo = load_config(DataFile, [REPO_ROOT / "configs/demo/video_config.yaml"], ["data.cache_dir=null"])
+    save_config(demo, annotations.parent / "demo.yaml")
+    flags = ["--model_path", str(tiny_model), "--data_config", str(annotations.parent / "demo.yaml")]
     flags += ["--annotations", str(annotations), "--batch_size", "2", "--num_workers", "1", "--device", "cpu"]
 
     def make(folder: Path, processes: int = 1) -> list[str]:

@@ -32,7 +32,7 @@ def train(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> T
         flags = ["--config", str(configs / f"{stage}_config.yaml"), "--data_config", str(configs / "video_config.yaml")]
         flags += ["--output_dir", str(tmp_path / name), "--model_path", str(model)]
         flags += [f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")]
-        flags += ["training.max_steps=2", "training.max_eval_samples=8", "training.eval_steps=2"]
+        flags += ["data.cache_dir=null", "training.max_steps=2", "training.max_eval_samples=8", "training.eval_steps=2"]
         flags += ["training.per_device_train_batch_size=8", "training.save_strategy=no", "training.run_name=null"]
         flags += ["training.dataloader_num_workers=0", "training.disable_tqdm=true", "training.use_cpu=true"]
         flags += [f"training.metrics_dir={tmp_path / 'metrics'}", f"training.logging_dir={tmp_path / 'logs'}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-import inference.batching
 from datasets.encoding import encode_prompt, fit_prompt
 from inference.batching import read_items
 from inference.video_infer import VideoTemporalInference
@@ -134,15 +134,16 @@ def test_an_answer_is_read_on_the_files_clock(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """First arguments of the calls of a function of `inference.batching`."""
+    """Arguments of the calls of a function, named in full."""
     calls: list[Any] = []
-    real = getattr(inference.batching, name)
+    module, _, attribute = name.rpartition(".")
+    real = getattr(importlib.import_module(module), attribute)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(inference.batching, name, counting)
+    monkeypatch.setattr(name, counting)
     return calls
 
 
@@ -152,7 +153,7 @@ def test_a_stretch_is_computed_once(
 ) -> None:
     """Five queries on one stretch, written in different ways, and one on another: two decodes, two vision passes."""
     (tmp_path / "link.mp4").symlink_to(videos[0])
-    read, passes, rows = counted(monkeypatch, "read_clip"), [], []
+    read, passes, rows = counted(monkeypatch, "utils.clip_reader.decode"), [], []
     backbone = backbone_of(engine.model)
     backbone.visual.register_forward_hook(lambda *_: passes.append(1))
     engine.model.lm_head.register_forward_hook(lambda _m, _a, output: rows.append(len(output)))
@@ -247,7 +248,7 @@ def test_a_stream_gives_each_answer_as_it_is_known(
     engine: VideoTemporalInference, videos: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first video's answers come before the third is read."""
-    read = counted(monkeypatch, "read_clip")
+    read = counted(monkeypatch, "utils.clip_reader.decode")
     items = [(videos[0], SHORT), (videos[1], SHORT), (videos[0], LONG), (videos[2], SHORT)]
     stream = engine.predict_stream(items, batch_size=2, max_new_tokens=TOKENS)
     early = [next(stream), next(stream)]

@@ -28,6 +28,7 @@ def overrides(tiny_model: Path, demo_data: Path, tmp_path: Path) -> list[str]:
     return [
         f"model.name_or_path={tiny_model}",
         *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+        "data.cache_dir=null",
         "training.per_device_train_batch_size=4",
         "training.max_eval_samples=4",
         "training.max_steps=2",

@@ -33,6 +33,7 @@ def config_with(tiny_model: Path, demo_data: Path, tmp_path: Path) -> Callable[.
         common = [
             f"model.name_or_path={tiny_model}",
             *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+            "data.cache_dir=null",
             "training.per_device_train_batch_size=4",
             "training.per_device_eval_batch_size=8",
             "training.max_eval_samples=8",
@@ -92,6 +93,7 @@ def rl_config_with(answering_model: Path, demo_data: Path, tmp_path: Path) -> Ca
         common = [
             f"model.name_or_path={answering_model}",
             *(f"data.{split}={demo_data / split}.jsonl" for split in ("train", "val", "test")),
+            "data.cache_dir=null",
             "training.num_generations=4",
             "training.per_device_train_batch_size=4",
             "training.gradient_accumulation_steps=2",

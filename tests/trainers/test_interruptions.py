@@ -34,7 +34,7 @@ from utils.logging_utils import read_metrics
 ConfigWith = Callable[..., SFTConfig]
 TrainerFor = Callable[..., VideoSFTTrainer]
 
-TIMED = ("per_second", "memory", "time", "step_time")
+TIMED = ("per_second", "memory", "time", "step_time", "data/")
 LORA = ("lora.enabled=true", "lora.r=4", "lora.lora_alpha=8", "lora.lora_dropout=0.1")
 
 

@@ -28,6 +28,7 @@ from trainers.suffix_attention import SuffixRows
 from utils.checkpoints import manifest_problems
 from utils.common import UserError
 from utils.config import LoraConfig, RLConfig
+from utils.logging_utils import read_metrics
 
 ConfigWith = Callable[..., RLConfig]
 TrainerFor = Callable[..., VideoGRPOTrainer]
@@ -489,3 +490,24 @@ def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
     assert second != first
     epoch = 0
     assert list(sampler) == first
+
+
+def test_no_clip_is_decoded_twice(
+    rl_config_with: ConfigWith, rl_trainer_for: TrainerFor, demo_data: Path, tmp_path: Path
+) -> None:
+    """Two epochs over four rows on two videos, from a worker: the records count two decodes in all."""
+    rows = [json.loads(line) for line in (demo_data / "train.jsonl").read_text().splitlines()][:4]
+    for row in rows:
+        row["video"] = str(demo_data / row["video"])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len({row["video"] for row in rows}) == 2
+    config = rl_config_with(
+        f"data.train={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=-1",
+        "training.num_train_epochs=2", "training.dataloader_num_workers=1",
+    )  # fmt: skip
+    trainer = rl_trainer_for(config)
+    trainer.train()
+    records = [record for record in read_metrics(tmp_path / "metrics/rl.jsonl") if "train/loss" in record]
+    assert [record["data/decoded"] for record in records] == [2] * len(records) and len(records) >= 4
+    # Each of the four prompts once an epoch, and the checks at the start: all but two came from the cache.
+    assert records[-1]["data/cache_hits"] == 4 * 2 + 1 - 2

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from utils.checkpoints import complete_checkpoints, manifest_problems
 from utils.common import UserError
 from utils.config import SFTConfig
 from utils.logging_utils import read_metrics
+from utils.rows import read_rows, write_rows
 
 ConfigWith = Callable[..., SFTConfig]
 TrainerFor = Callable[..., VideoSFTTrainer]
@@ -229,3 +231,31 @@ def test_an_earlier_run_is_not_trained_over(config_with: ConfigWith, trainer_for
         trainer_for(config)
     manifest = tmp_path / "run" / "checkpoint-final" / "manifest.json"
     assert manifest.is_file()
+
+
+@pytest.mark.parametrize(("workers", "share"), [(0, "false"), (2, "false"), (0, "true")])
+def test_no_clip_is_decoded_twice(
+    config_with: ConfigWith, trainer_for: TrainerFor, demo_data: Path, tmp_path: Path, workers: int, share: str
+) -> None:
+    """Two epochs over eight rows on four videos, with validation: the records count one decode for each clip, whoever
+    reads it and however often, and the losses are those without a cache."""
+    rows = [replace(row, video=str(demo_data / row.video)) for row in read_rows(demo_data / "train.jsonl")[0][:8]]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    overrides = [f"data.train={tmp_path / 'rows.jsonl'}", f"training.share_video={share}", "training.max_steps=-1"]
+    overrides += ["training.num_train_epochs=2", "training.eval_strategy=epoch", "training.max_new_tokens=2"]
+    overrides += [f"training.dataloader_num_workers={workers}", f"data.cache_dir={tmp_path / 'cache'}"]
+    trainer = trainer_for(config_with(*overrides), tmp_path / "cached")
+    trainer.train()
+    num_train = len({row.video for row in rows})
+    num_val = len({row.video for row in trainer.eval_dataset.rows})
+    assert num_train == 4
+    records = [record for record in read_metrics(tmp_path / "metrics/cached.jsonl") if "train/loss" in record]
+    assert [record["data/decoded"] for record in records] == [num_train] * 2 + [num_train + num_val] * 2
+    # What is read beside the batches is for the checks at the start; with sharing a clip is read once for a batch.
+    hits = [record["data/cache_hits"] for record in records]
+    assert hits == sorted(hits) and hits[0] > 0 and trainer.reads.counts["decoded"] == num_train + num_val
+    assert all(record["data/cache_rebuilt"] == record["data/not_cached"] == 0 for record in records)
+    if workers == 0:
+        live = trainer_for(config_with(*overrides, "data.cache_dir=null"), tmp_path / "live")
+        live.train()
+        assert losses(live) == losses(trainer) and live.reads.decoded > 2 * num_train

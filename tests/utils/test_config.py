@@ -20,6 +20,7 @@ from utils.config import (
     AnnotationSource,
     ConfigError,
     DataConfig,
+    DataFile,
     LoraConfig,
     ModelConfig,
     PromptConfig,
@@ -75,7 +76,8 @@ def test_shipped_files_hold_every_key_at_its_default() -> None:
     train, val, test = (
         (AnnotationSource(path=Path(f"data/annotations/{name}.jsonl")),) for name in ("train", "val", "test")
     )
-    in_use = {"quarantine": Path("data/cache/quarantine.jsonl")}
+    # What is on in the files and off in code: who makes a DataConfig asks for it by name.
+    in_use = {"cache_dir": Path("data/cache"), "quarantine": Path("data/cache/quarantine.jsonl")}
     assert config == SFTConfig(data=DataConfig(train=train, val=val, test=test, **in_use))
     written = yaml.safe_load(SFT_YAML.read_text()) | yaml.safe_load(DATA_YAML.read_text())
     for section, model in SFTConfig.model_fields.items():
@@ -148,6 +150,8 @@ def test_a_wrong_value_does_not_hide_a_broken_rule(write: Writer) -> None:
         ("data:\n  train: {path: a, weight: 0}\n", "data.train.weight must be > 0, got 0 (c.yaml:2)"),
         ("data:\n  train: [3]\n", "data.train[0] must be a path, or a mapping of path and weight, got 3 (c.yaml:2)"),
         ("data:\n  val: ''\n", "data.val must be the path of a JSONL file, got '' (c.yaml:2)"),
+        ("data:\n  cache_dir: ''\n", "data.cache_dir must be a folder, or null to keep no frames, got '' (c.yaml:2)"),
+        ("data:\n  cache_max_gb: 0\n", "data.cache_max_gb must be > 0, got 0 (c.yaml:2)"),
         ("data:\n  fps: .nan\n", "data.fps must be a finite number, got nan (c.yaml:2)"),
         ("data:\n  fps: true\n", "data.fps must be a number, got true (c.yaml:2)"),
         ("data:\n  max_frames: 8.0\n", "data.max_frames must be a whole number, got 8.0 (c.yaml:2)"),
@@ -186,6 +190,16 @@ def test_unreadable_files(write: Writer, tmp_path: Path) -> None:
 def test_a_missing_file_is_not_blamed_on_the_other(write: Writer) -> None:
     path = write("training:\n  early_stopping_patience: 2\n")
     assert len(problems(path, "no.yaml")) == 1
+
+
+def test_sections_of_another_command_are_passed_over(write: Writer) -> None:
+    """Their values and overrides are not looked at, those of the others are."""
+    path = write("training:\n  fps: 1\nmodel: 3\ndata:\n  fps: 1\n")
+    others, overrides = ("model", "training"), ["training.steps=2", "data.fps=4", "data.cache_dir=null"]
+    config = load_config(DataFile, [path], overrides, passed_over=others)
+    assert (config.data.fps, config.data.cache_dir) == (4.0, None)
+    with pytest.raises(ConfigError, match="lora is not a section"):
+        load_config(DataFile, [write("lora: {}\n", "b.yaml")], passed_over=others)
 
 
 def test_a_section_stands_in_one_file(write: Writer) -> None:

@@ -43,11 +43,12 @@ def test_thinking_wraps_thought_and_answer() -> None:
 
 def test_contract_round_trip(tmp_path: Path) -> None:
     prompt = PromptConfig(question="Find {sentence}.", thinking=True)
-    data = DataConfig(fps=1.5, max_frames=32, total_pixels=99999, train="x.jsonl")
+    data = DataConfig(fps=1.5, max_frames=32, total_pixels=99999, train="x.jsonl", cache_dir="/machine/of/training")
     PromptContract.current(prompt, data, "a.b:c").save(tmp_path)
     loaded = PromptContract.load(tmp_path)
     assert loaded.prompt == prompt and loaded.vision_tower == "a.b:c"
     assert loaded.data.budget == data.budget and loaded.data.train == ()
+    assert loaded.data.cache_dir is None  # and so inference reads its videos itself
     stored = json.loads((tmp_path / CONTRACT_FILE).read_text())
     import transformers
 

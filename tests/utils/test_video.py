@@ -201,6 +201,45 @@ def test_groups_are_decoded_only_up_to_their_last_wanted_frame(constant):
         assert file.num_decoded - before <= 1 + 6 + 20  # frame 0; 40 to 41 and what x264 stores before; the last group
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_passing_over_frames_changes_no_pixel(folder, monkeypatch, threads):
+    """B-frames that nobody wants are not decoded; the others come out as from a decoder that decodes all."""
+    monkeypatch.setattr(video_file, "decoder_threads", lambda num_pixels: threads)
+    path = folder / "unreferred.mp4"
+    if not path.exists():
+        noise = np.random.default_rng(0).integers(0, 40, (120, 64, 96, 3)).astype(np.uint8)
+        write_mp4(path, numbered(120) // 2 + noise, fps=FPS, crf=30)
+    with VideoFile(path) as file:
+        stretch = file.scan()
+        wanted = stretch.ticks[[0, 1, 2, 30, 47, 64, 65, 119]]
+        opened = file.num_decoded
+        whole = np.stack([frame for _, frame in file.decode_each(stretch, wanted, 64, 96)])
+        num_whole = file.num_decoded - opened
+        frames, found = file.decode(stretch, wanted, 64, 96)
+        num_quick = file.num_decoded - opened - num_whole
+        assert found.all() and np.array_equal(frames, whole)
+        assert num_quick < 0.8 * num_whole
+        everything, found = file.decode(stretch, stretch.ticks, 64, 96)
+        assert found.all() and np.array_equal(everything[[0, 1, 2, 30, 47, 64, 65, 119]], whole)
+        assert file.decodable(stretch).all()  # the decoder is told nothing of it any more
+
+
+def test_a_frame_that_passing_over_lost_is_decoded_in_full(constant, monkeypatch):
+    asked, decode_each = [], VideoFile.decode_each
+
+    def losing(self, stretch, wanted, height, width, *, is_quick):
+        asked.append((len(wanted), is_quick))
+        pairs = decode_each(self, stretch, wanted, height, width, is_quick=is_quick)
+        return (pair for pair in pairs if not (is_quick and pair[0] in (1, 3)))
+
+    monkeypatch.setattr(VideoFile, "decode_each", losing)
+    with VideoFile(constant) as file:
+        stretch = file.scan()
+        frames, found = file.decode(stretch, stretch.ticks[[3, 40, 77, 120, 199]], 64, 96)
+    assert found.all() and numbers(frames) == [3, 40, 77, 120, 199]
+    assert asked == [(5, True), (2, False)]
+
+
 # -- odd files ---------------------------------------------------------------------------------------------------------
 
 

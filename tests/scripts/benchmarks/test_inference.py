@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-import inference.batching
-import inference.video_infer
 import scripts.benchmarks.inference as bench
 from scripts.benchmarks.common import check_options
 from scripts.benchmarks.inference import LEAST, WAYS, Cell, Way, Work, compare, summary, table
 from trainers.vision_attention import FRAMEWISE
+from utils import clip_reader
 from utils.common import REPO_ROOT, UserError
 
 SMALL = partial(Cell, 100, 3, answer_tokens=3)
@@ -87,14 +86,13 @@ def test_sizes_are_those_of_the_inputs() -> None:
 
 def test_each_way_computes_what_it_is_named_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """How often each reads the file and runs the vision tower, and on how many rows it decodes."""
-    work, reads, real = Work(SMALL()), [], bench.read_clip
+    work, reads = Work(SMALL()), []
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        reads.append(args)
-        return real(*args, **kwargs)
+    def counting(real: Any) -> Any:
+        return lambda *args, **kwargs: reads.append(args) or real(*args, **kwargs)
 
-    for module in (bench, inference.batching, inference.video_infer):
-        monkeypatch.setattr(module, "read_clip", counting)
+    monkeypatch.setattr(bench, "read_clip", counting(bench.read_clip))
+    monkeypatch.setattr(clip_reader, "decode", counting(clip_reader.decode))
     found = {}
     for name in WAYS:
         model = work.stock if name == "stock" else work.engine.model
