@@ -244,7 +244,7 @@ def test_no_clip_is_decoded_twice(
     overrides = [f"data.train={tmp_path / 'rows.jsonl'}", f"training.share_video={share}", "training.max_steps=-1"]
     overrides += ["training.num_train_epochs=2", "training.eval_strategy=epoch", "training.max_new_tokens=2"]
     overrides += [f"training.dataloader_num_workers={workers}", f"data.cache_dir={tmp_path / 'cache'}"]
-    trainer = trainer_for(config_with(*overrides), tmp_path / "cached")
+    trainer = trainer_for(config_with(*overrides, "training.run_name=cached"), tmp_path / "cached")
     trainer.train()
     num_train = len({row.video for row in rows})
     num_val = len({row.video for row in trainer.eval_dataset.rows})
@@ -256,6 +256,6 @@ def test_no_clip_is_decoded_twice(
     assert hits == sorted(hits) and hits[0] > 0 and trainer.reads.counts["decoded"] == num_train + num_val
     assert all(record["data/cache_rebuilt"] == record["data/not_cached"] == 0 for record in records)
     if workers == 0:
-        live = trainer_for(config_with(*overrides, "data.cache_dir=null"), tmp_path / "live")
+        live = trainer_for(config_with(*overrides, "data.cache_dir=null", "training.run_name=live"), tmp_path / "live")
         live.train()
         assert losses(live) == losses(trainer) and live.reads.decoded > 2 * num_train
