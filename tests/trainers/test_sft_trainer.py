@@ -250,7 +250,8 @@ def test_no_clip_is_decoded_twice(
     num_val = len({row.video for row in trainer.eval_dataset.rows})
     assert num_train == 4
     records = [record for record in read_metrics(tmp_path / "metrics/cached.jsonl") if "train/loss" in record]
-    assert [record["data/decoded"] for record in records] == [num_train] * 2 + [num_train + num_val] * 2
+    decoded = [record["data/decoded"] for record in records]  # two steps an epoch, a validation after each
+    assert 0 < decoded[0] <= num_train and decoded[1:] == [num_train, num_train + num_val, num_train + num_val]
     # What is read beside the batches is for the checks at the start; with sharing a clip is read once for a batch.
     hits = [record["data/cache_hits"] for record in records]
     assert hits == sorted(hits) and hits[0] > 0 and trainer.reads.counts["decoded"] == num_train + num_val
