@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import encode_prompt
@@ -88,7 +89,7 @@ def measure(args: argparse.Namespace, clips: Path, temporary: Path) -> dict[str,
     # Loaders first: their workers must be forked before this process has used decord, which does not survive a fork.
     short = [work for work in works if work.duration_s < min(args.seconds) + 1]
     samples = measure_loading(short, args.rows, args.workers, args.repeats, temporary)
-    seconds = {work.name: measure_reading(work, args.repeats) for work in works}
+    seconds = {work.name: measure_reading(work, args.repeats) for work in tqdm(works, "clips")}
     found = {
         "seconds": seconds,
         "frames": {work.name: len(work.numbers) for work in works},
@@ -160,7 +161,7 @@ def measure_loading(
     sizes = {key: read_through(loader) for key, loader in loaders.items()}
     assert len(set(sizes.values())) == 1, f"the ways give different amounts: {sizes}"
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), "passes of the loaders"):
         for key, loader in loaders.items():
             taken[key].append(elapsed(partial(read_through, loader)))
     rates = {key: num_rows / statistics.median(found) for key, found in taken.items()}
