@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from datasets.encoding import IGNORE, Sample
+from datasets.pixels import empty
 from utils.clip_reader import Reads
 
 Batch = dict[str, Any]
@@ -46,8 +47,10 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
 
 
 def join_patches(clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The patches of all clips, one after the other; those of a single clip are not copied (150 MB and more)."""
-    return clips[0] if len(clips) == 1 else torch.cat(list(clips))
+    """The patches of all clips, one after the other, float32; those of a single clip are not copied."""
+    if len(clips) == 1:
+        return clips[0]
+    return torch.cat(list(clips), out=empty((sum(map(len, clips)), clips[0].shape[1])))
 
 
 @dataclass(frozen=True)

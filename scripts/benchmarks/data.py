@@ -4,11 +4,13 @@ Clips of noise that moves, 30 frames a second, H.264; every way reads the same f
 byte of them (`data_ways`). The ways take turns within every repeat. Three states:
 
     warm         the file, or the cache's entry, has just been read: what later epochs see
-    first_touch  its pages were dropped from memory before (`posix_fadvise`), so it comes from the disk
+    first_touch  its pages were dropped from memory before (`posix_fadvise`), so it comes from the disk; the decoders,
+                 whose time it hardly changes, are measured once
     cold         nothing is cached: the cache's reader decodes and keeps the clip; the others decode, as in "warm"
 
 Samples are counted as they come out of a `torch.utils.data.DataLoader` with one row in a batch, its workers already
-started. "own" reads a warm cache, "qwen_vl_utils" decodes each time.
+started, on the shortest clips: longer ones would only add to the decoders' time. "own" reads a warm cache,
+"qwen_vl_utils" decodes each time.
 
 Ratios of the JSON line are of the time for all clips, each once; those of the worst clip stand beside them.
 """
@@ -21,11 +23,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import encode_prompt
@@ -40,7 +45,6 @@ from scripts.benchmarks.data_ways import (
     checksum,
     encode_stock,
     entries,
-    fetch,
     forget_pages,
     make_dataset,
     make_work,
@@ -83,8 +87,9 @@ def measure(args: argparse.Namespace, clips: Path, temporary: Path) -> dict[str,
         for length in args.seconds
     ]
     # Loaders first: their workers must be forked before this process has used decord, which does not survive a fork.
-    samples = measure_loading(works, args.rows, args.workers, args.repeats, temporary)
-    seconds = {work.name: measure_reading(work, args.repeats) for work in works}
+    short = [work for work in works if work.duration_s < min(args.seconds) + 1]
+    samples = measure_loading(short, args.rows, args.workers, args.repeats, temporary)
+    seconds = {work.name: measure_reading(work, args.repeats) for work in tqdm(works, "clips")}
     found = {
         "seconds": seconds,
         "frames": {work.name: len(work.numbers) for work in works},
@@ -101,17 +106,17 @@ def measure(args: argparse.Namespace, clips: Path, temporary: Path) -> dict[str,
 
 # ---------------------------------------------------------------------------------------------- reading
 def measure_reading(work: Work, repeats: int) -> Taken:
-    """Median seconds of one read with the sum of its bytes, in every state, after a read of each to warm up."""
+    """Median seconds of one read with the sum of its bytes, in every state. Fills the cache."""
     readers = {name: Reader(name) for name in READERS}
-    sums = {name: checksum(reader(work)) for name, reader in readers.items()}
-    assert sums["cache"] == sums["live"] == checksum(readers["cache"](work)), "the cache gives other frames"
+    assert checksum(readers["cache"](work)) == checksum(readers["cache"](work)) == work.sum, "the cache differs"
     taken: dict[str, dict[str, list[float]]] = {state: defaultdict(list) for state in STATES}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for state, names in STATES.items():
             for name in names:
-                if state != "warm" and not _prepare(state, work):
+                if (state, turn > 0) == ("first_touch", True) and name in PEERS:
                     continue
-                taken[state][name].append(elapsed(lambda name=name: checksum(readers[name](work))))
+                if _prepare(state, work):
+                    taken[state][name].append(elapsed(partial(_read, readers[name], work)))
     return {
         state: {name: statistics.median(found) for name, found in names.items()}
         for state, names in taken.items()
@@ -119,8 +124,14 @@ def measure_reading(work: Work, repeats: int) -> Taken:
     }
 
 
+def _read(reader: Reader, work: Work) -> int:
+    return checksum(reader(work))
+
+
 def _prepare(state: str, work: Work) -> bool:
     """Bring the clip into a state; False where that is not possible."""
+    if state == "warm":
+        return True
     if state == "cold":
         for entry in entries(work.data):
             entry.unlink()
@@ -150,9 +161,9 @@ def measure_loading(
     sizes = {key: read_through(loader) for key, loader in loaders.items()}
     assert len(set(sizes.values())) == 1, f"the ways give different amounts: {sizes}"
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), "passes of the loaders"):
         for key, loader in loaders.items():
-            taken[key].append(elapsed(lambda loader=loader: read_through(loader)))
+            taken[key].append(elapsed(partial(read_through, loader)))
     rates = {key: num_rows / statistics.median(found) for key, found in taken.items()}
     return {name: {str(number): rates[name, number] for number in workers} for name in LOADERS}
 
@@ -179,21 +190,22 @@ def read_through(loader: DataLoader[Batch]) -> tuple[int, int]:
 
 
 def measure_parts(work: Work, repeats: int) -> dict[str, float]:
-    """Median seconds of the parts of a sample in this process: reading (warm cache, `fetch_video`) and the processor's
-    work, own and as the others do it on the same clip."""
+    """Median seconds of the parts of a sample in this process: reading it from the warm cache, and the processor's
+    work, own and as the others do it (float32 pixels, as `fetch_video` gives them)."""
     processor, messages = demo_processor(), build_messages(PromptConfig(), all_sentences()[0])
-    clip, (video, metadata) = ClipReader(work.data).read(work.path), fetch(work.path, work.data.budget)
+    reader = ClipReader(work.data)
+    clip = reader.read(work.path)
+    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float().contiguous()
     parts = {
-        "read": lambda: checksum(ClipReader(work.data).read(work.path).frames),
+        "read": lambda: checksum(reader.read(work.path).frames),
         "encode": lambda: encode_prompt(processor, messages, clip),
-        "fetch": lambda: checksum(fetch(work.path, work.data.budget)[0].numpy()),
-        "encode_stock": lambda: encode_stock(processor, messages, video, metadata),
+        "encode_stock": lambda: encode_stock(processor, messages, video, clip.metadata()),
     }
     taken = defaultdict(list)
     for turn in range(repeats + 1):
         for name, part in parts.items():
             seconds = elapsed(part)
-            if turn:
+            if turn:  # the first is to warm up
                 taken[name].append(seconds)
     return {name: statistics.median(found) for name, found in taken.items()}
 
@@ -266,7 +278,7 @@ def _loading_rows(record: Mapping[str, Any]) -> list[str]:
 
 
 def _part_rows(record: Mapping[str, Any]) -> list[str]:
-    rows = [_line("parts of a sample, s", ["read", "encode", "fetch", "encode_stock", "share"])]
+    rows = [_line("parts of a sample, s", ["read", "encode", "encode_stock", "share"])]
     for clip, parts in record["parts"].items():
         cells = [f"{seconds:.4f}" for seconds in parts.values()]
         rows.append(_line(clip, [*cells, f"{100 * record['processor_share'][clip]:.0f} %"]))

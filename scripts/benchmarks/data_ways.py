@@ -6,7 +6,6 @@ Reading, each way giving the same frames (by number) at the same size:
     pyav           PyAV with its threads: decode to the last frame wanted, keep those wanted
     qwen_vl_utils  `fetch_video` with the project's budget: decord at full size, torchvision's resizing, float32
     cache          the project's `ClipReader`: a hit in the frame cache; "cold" decodes in its child process, and keeps
-    live           the same reader without a cache
 
 A sample is what `VideoTemporalDataset` gives ("own": frames from the warm cache), or `fetch_video` and the stock
 processor, as the trainers that use qwen-vl-utils do ("qwen_vl_utils"). Both have the same tokens, and go through the
@@ -15,6 +14,7 @@ same collator.
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from utils.rows import Row, write_rows
 from utils.spans import Span
 from utils.video import TEMPORAL_PATCH, FrameBudget
 
-READERS = ("decord", "pyav", "qwen_vl_utils", "live", "cache")
+READERS = ("decord", "pyav", "qwen_vl_utils", "cache")
 PEERS = READERS[:3]
 
 
@@ -50,6 +50,8 @@ class Work:
     """Of the frames wanted, counted from 0."""
     size: tuple[int, int]
     """Height and width wanted."""
+    sum: int
+    """`checksum` of the frames as the project decodes them without a cache."""
     data: DataConfig
     """With the folder of the cache."""
 
@@ -58,7 +60,7 @@ def make_work(name: str, path: Path, rate: float, data: DataConfig) -> Work:
     """What the project takes of the file at `path`, whose frames are shown at `rate` frames per second."""
     clip = ClipReader(data.model_copy(update={"cache_dir": None})).read(path)
     numbers = np.rint(clip.times_s * rate).astype(int).tolist()
-    return Work(name, path, clip.duration_s, tuple(numbers), clip.frames.shape[1:3], data)
+    return Work(name, path, clip.duration_s, tuple(numbers), clip.frames.shape[1:3], checksum(clip.frames), data)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -67,7 +69,7 @@ class Reader:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._readers: dict[Path, ClipReader] = {}
+        self._reader: ClipReader | None = None
 
     def __call__(self, work: Work) -> np.ndarray:
         if self.name == "decord":
@@ -76,10 +78,9 @@ class Reader:
             return read_by_pyav(work)
         if self.name == "qwen_vl_utils":
             return fetch(work.path, work.data.budget)[0].numpy()
-        if work.path not in self._readers:
-            data = work.data if self.name == "cache" else work.data.model_copy(update={"cache_dir": None})
-            self._readers[work.path] = ClipReader(data)
-        return self._readers[work.path].read(work.path).frames
+        if self._reader is None:
+            self._reader = ClipReader(work.data)
+        return self._reader.read(work.path).frames
 
 
 def read_by_decord(work: Work) -> np.ndarray:
@@ -91,7 +92,7 @@ def read_by_decord(work: Work) -> np.ndarray:
 
 
 def read_by_pyav(work: Work) -> np.ndarray:
-    """PyAV alone, with as many threads as it likes."""
+    """PyAV alone, with as many threads as it likes, resized as the project does (faster than by swscale's threads)."""
     import av
 
     height, width = work.size
@@ -102,7 +103,8 @@ def read_by_pyav(work: Work) -> np.ndarray:
         stream.thread_type = "AUTO"
         for number, picture in enumerate(container.decode(stream)):
             if number in wanted:
-                frames[wanted[number]] = picture.to_ndarray(format="rgb24", width=width, height=height)
+                rgb = picture.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
+                frames[wanted[number]] = rgb.to_ndarray()
             if number == work.numbers[-1]:
                 break
     return frames
@@ -112,6 +114,7 @@ def fetch(path: Path, budget: FrameBudget) -> tuple[torch.Tensor, dict[str, Any]
     """`fetch_video` within the project's budget, and its metadata."""
     from qwen_vl_utils import fetch_video
 
+    logging.getLogger("qwen_vl_utils").setLevel(logging.ERROR)  # it warns of its own limit at every clip
     request = {
         "type": "video",
         "video": str(path),

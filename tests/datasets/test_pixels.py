@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from datasets import pixels
+from datasets.collate_fns import join_patches
 from datasets.encoding import encode_prompt
 from datasets.pixels import OnePassVideoProcessor, cut_patches, empty, with_quick_pixels
 from trainers.model import load_processor, resolve_source
@@ -105,3 +106,9 @@ def test_huge_pages_are_plain_memory() -> None:
     assert large.shape == (3, 2**20 + 1) and large.dtype == torch.float32 and large.is_contiguous()
     large.fill_(2.0)
     assert float(large.double().sum()) == 2 * large.numel()
+
+
+def test_patches_of_several_clips_are_joined_and_those_of_one_are_not_copied() -> None:
+    clips = [torch.randn(2**11, 1536), torch.randn(3, 1536), torch.randn(2**10, 1536)]
+    assert torch.equal(join_patches(clips), torch.cat(clips))
+    assert join_patches(clips[:1]) is clips[0]
