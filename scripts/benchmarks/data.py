@@ -9,8 +9,8 @@ byte of them (`data_ways`). The ways take turns within every repeat. Three state
     cold         nothing is cached: the cache's reader decodes and keeps the clip; the others decode, as in "warm"
 
 Samples are counted as they come out of a `torch.utils.data.DataLoader` with one row in a batch, its workers already
-started, on the shortest clips: longer ones would only add to the decoders' time. "own" reads a warm cache,
-"qwen_vl_utils" decodes each time.
+started, on the first clip (the smallest and shortest, unless asked for otherwise): where decoding weighs least. "own"
+reads a warm cache, "qwen_vl_utils" decodes each time.
 
 Ratios of the JSON line are of the time for all clips, each once; those of the worst clip stand beside them.
 """
@@ -87,8 +87,7 @@ def measure(args: argparse.Namespace, clips: Path, temporary: Path) -> dict[str,
         for length in args.seconds
     ]
     # Loaders first: their workers must be forked before this process has used decord, which does not survive a fork.
-    short = [work for work in works if work.duration_s < min(args.seconds) + 1]
-    samples = measure_loading(short, args.rows, args.workers, args.repeats, temporary)
+    samples = measure_loading(works[0], args.rows, args.workers, args.repeats, temporary)
     seconds = {work.name: measure_reading(work, args.repeats) for work in tqdm(works, "clips")}
     found = {
         "seconds": seconds,
@@ -148,11 +147,11 @@ def elapsed(call: Callable[[], Any]) -> float:
 
 # ---------------------------------------------------------------------------------------------- samples
 def measure_loading(
-    works: Sequence[Work], num_rows: int, workers: Sequence[int], repeats: int, folder: Path
+    work: Work, num_rows: int, workers: Sequence[int], repeats: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Samples per second by way and number of workers: median of passes over `num_rows` rows about the clips in turn,
-    after a pass to warm up that also fills the cache."""
-    queries = make_dataset(folder, works, num_rows, demo_processor())
+    """Samples per second by way and number of workers: median of passes over `num_rows` rows about the clip, after a
+    pass to warm up that also fills the cache."""
+    queries = make_dataset(folder, work, num_rows, demo_processor())
     loaders = {
         (name, number): make_loader(queries if name == "own" else PeerSamples(queries), queries, number)
         for number in sorted(workers, reverse=True)  # those with workers first: see `measure`
@@ -270,7 +269,7 @@ def _reading_rows(record: Mapping[str, Any], state: str) -> list[str]:
 
 
 def _loading_rows(record: Mapping[str, Any]) -> list[str]:
-    rows = [_line("samples/s", [*LOADERS, "ratio"])]
+    rows = [_line(f"samples/s, {next(iter(record['frames']))}", [*LOADERS, "ratio"])]
     for workers, ratio in record["loader_vs_qwen_vl_utils_by_workers"].items():
         rates = [f"{record['samples_per_second'][name][workers]:.2f}" for name in LOADERS]
         rows.append(_line(f"{workers} worker(s)", [*rates, f"{ratio:.1f}x"]))

@@ -14,6 +14,7 @@ same collator.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import zlib
@@ -132,7 +133,7 @@ def checksum(array: np.ndarray) -> int:
     """Of every byte: the sum of its 64-bit words, and CRC-32 of what is left over. The same for every way."""
     flat = array.reshape(-1).view(np.uint8)
     words = flat[: flat.size // 8 * 8].view(np.uint64)
-    return int(np.add.reduce(words, dtype=np.uint64)) ^ zlib.crc32(flat[words.nbytes :])
+    return int(np.add.reduce(words, dtype=np.uint64)) ^ zlib.crc32(flat[words.nbytes :].tobytes())
 
 
 # ---------------------------------------------------------------------------------------------- page cache
@@ -185,15 +186,12 @@ def encode_stock(processor: Any, messages: Any, video: torch.Tensor, metadata: d
     return {name: inputs[name][0] for name in names} | {name: inputs[name] for name in kept}
 
 
-def make_dataset(folder: Path, works: Sequence[Work], num_rows: int, processor: Any) -> VideoTemporalDataset:
-    """`num_rows` rows about the clips in turn."""
-    chosen = [works[number % len(works)] for number in range(num_rows)]
-    asked, answer = all_sentences(), (Span(1.0, 3.0),)
-    rows = [
-        Row(str(work.path), work.duration_s, answer, asked[number % len(asked)], None, None, {}, "", 0)
-        for number, work in enumerate(chosen)
-    ]
+def make_dataset(folder: Path, work: Work, num_rows: int, processor: Any) -> VideoTemporalDataset:
+    """`num_rows` rows about the clip, each with another question."""
+    asked, answer = itertools.cycle(all_sentences()), (Span(1.0, 3.0),)
+    questions = itertools.islice(asked, num_rows)
+    rows = [Row(str(work.path), work.duration_s, answer, text, None, None, {}, "", 0) for text in questions]
     path = folder / "rows.jsonl"
     write_rows(path, rows)
-    data = works[0].data.model_copy(update={"train": (AnnotationSource(path=path),)})
+    data = work.data.model_copy(update={"train": (AnnotationSource(path=path),)})
     return VideoTemporalDataset(data, processor)

@@ -96,7 +96,7 @@ def test_a_reader_that_leaves_out_bytes_is_found(work: Work, monkeypatch: pytest
 
 
 def test_both_loaders_give_the_same_tokens_and_amounts(work: Work, tmp_path: Path) -> None:
-    queries = make_dataset(tmp_path, [work], 2, demo_processor())
+    queries = make_dataset(tmp_path, work, 2, demo_processor())
     own, peer = queries[0], PeerSamples(queries)[0]
     assert torch.equal(own["input_ids"], peer["input_ids"]) and torch.equal(own["labels"], peer["labels"])
     assert own["pixel_values_videos"].shape == peer["pixel_values_videos"].shape
