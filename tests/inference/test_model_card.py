@@ -203,7 +203,7 @@ def test_card_of_both_stages(rl_best: Path, tmp_path: Path) -> None:
         "| pixels per frame | 2,048 |",
         "| pixels per clip | 32,768 at most, over all frames |",
         "| SFT | `train.jsonl` | `val.jsonl` | LoRA r=4 on q_proj; in full: embed_tokens, lm_head | 0.002 "
-        "| 210 steps |",
+        "| 240 steps |",
         "| GRPO | `train.jsonl` | `val.jsonl` | LoRA r=16 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
         "down_proj | 0.001 | 60 steps |",
         "Greedy answers to the 4 validation queries at step 7 with 95 % bootstrap intervals, beside constant answers "
