@@ -230,7 +230,9 @@ def test_the_file_settles_whether_it_is_cut(tmp_path: Path) -> None:
         ("tvgbench", "tvgbench.json", '[{"answer": "about five"}]', "--dataset right?"),
         ("tacos", "somefile.json", "{}", "does not tell the split; give --split train|val|test"),
         ("charadessta", "a.txt", "", "did you mean charades_sta?"),
-        ("no.such.module:Name", "a.txt", "", "cannot be imported"),
+        ("no.such.module:Name", "a.txt", "", "cannot be imported: No module named 'no'. It must read"),
+        (":Name", "a.txt", "", "PYTHONPATH=FOLDER adds the folder of yours"),
+        (".relative:Name", "a.txt", "", "cannot be imported: '.relative' is no module's full name"),
         ("json:JSONDecoder", "a.txt", "", "must be a subclass of datasets.converters.Converter"),
     ],
 )
