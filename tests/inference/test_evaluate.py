@@ -397,6 +397,29 @@ def test_qids_that_two_rows_share_are_refused(command: list[str], asked: list[li
     assert [r["qid"] for r in predictions(annotations.parent / "eval")] == [str(line) for line in range(1, 11)]
 
 
+def test_windows_that_training_refuses_are_scored_as_they_are(
+    annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in TVGBench (windows of no length) and NExT-GQA (starts before 0): published scores are over all rows."""
+    lines = [json.loads(line) for line in annotations.read_text().splitlines()][:4]
+    windows = [[2.0, 2.0], [6.0, 4.0], [-2.0, 2.0], [1.0, 3.0]]
+    rows = [line | {"timestamp": window} for line, window in zip(lines, windows, strict=True)]
+    write_predictions(annotations, rows)
+    given = [{"qid": f"q{i}", "pred": [window]} for i, window in enumerate(([2, 2], [4, 6], [0, 2], [1, 3]))]
+    path = write_predictions(tmp_path / "given.jsonl", given)
+    main(["--predictions", str(path), "--annotations", str(annotations), "--output_dir", str(tmp_path / "eval")])
+    found = metrics(tmp_path / "eval")
+    assert (found["counts"]["num_samples"], found["counts"]["num_bad_rows"]) == (4, 0)
+    assert found["averages"]["mIoU"] == 100 * (0 + 0 + 0.5 + 1) / 4 and found["averages"]["R1@0.5"] == 50.0
+    assert [record["gt"] for record in predictions(tmp_path / "eval")] == [[window] for window in windows]
+    said = "3 of 4 labelled rows have a window that does not start before it ends or starts before 0"
+    assert said in capsys.readouterr().err
+    rows[0]["duration"] = -1  # still a bad row
+    write_predictions(annotations, rows)
+    with pytest.raises(UserError, match="1 of 4 annotation rows are bad .*1 bad_duration"):
+        main(["--predictions", str(path), "--annotations", str(annotations)])
+
+
 def test_a_file_without_labels_is_refused(command: list[str], annotations: Path) -> None:
     write_rows(annotations, [replace(row, timestamp=None) for row in read_rows(annotations)[0]])
     with pytest.raises(UserError, match="no row is labelled"):
