@@ -248,6 +248,20 @@ def test_predictions_are_scored_without_a_model(annotations: Path, tmp_path: Pat
     assert len(predictions(tmp_path / "eval")) == 10
 
 
+def test_what_an_evaluation_wrote_can_be_scored_again(annotations: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: a time and a score that were none stand there as null."""
+    flags = scored(annotations, lambda s, e: [s, e, 0.5], tmp_path / "p.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    records[0]["pred"], records[1]["pred"][0][2] = [[float("nan"), 3.0, float("nan")]], float("nan")
+    write_predictions(tmp_path / "p.jsonl", records)
+    main([*flags, "--output_dir", str(tmp_path / "first")])
+    assert predictions(tmp_path / "first")[0]["pred"] == [[None, 3.0, None]]
+    again = ["--predictions", str(tmp_path / "first/predictions.jsonl"), "--annotations", str(annotations)]
+    main([*again, "--output_dir", str(tmp_path / "again")])
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "first")
+    assert metrics(tmp_path / "again")["averages"]["R1@0.7"] == 87.5
+
+
 def test_predictions_in_other_words(annotations: Path, tmp_path: Path) -> None:
     """QVHighlights' key and plain text, and a query without a line."""
     rows = read_rows(annotations)[0]

@@ -332,6 +332,46 @@ def test_figures_say_what_they_show(evaluation_runs: EvaluationRuns) -> None:
     assert sum(bar.get_height() for bar in bars) == pytest.approx(100)  # type: ignore[attr-defined]
 
 
+def evaluated(annotations: Path, folder: Path, windows: Callable[[float, float], Any], *flags: str) -> Path:
+    """The folder of an evaluation of answers made from the labels by `windows(start, end)`."""
+    from inference.evaluate import main as evaluate_main
+
+    answers = folder / "answers.jsonl"
+    rows = read_rows(annotations)[0]
+    made = ({"qid": r.kwargs["qid"], "pred": [windows(*window) for window in r.timestamp or ()]} for r in rows)
+    answers.write_text("".join(json.dumps(answer) + "\n" for answer in made))
+    run = folder / "run"
+    asked = ["--predictions", str(answers), "--annotations", str(annotations), "--output_dir", str(run)]
+    evaluate_main([*asked, "--trust_units", *flags])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("windows", "names"),
+    [
+        (lambda s, e: [s, s], ["recall", "iou", "offsets", "duration", "position"]),  # a model that has collapsed
+        (lambda s, e: [1e300, 1.7e308], ["recall", "iou", "offsets", "lengths", "duration", "position"]),
+    ],
+)
+def test_figures_of_windows_that_are_none(
+    windows: Any, names: list[str], evaluation_runs: EvaluationRuns, tmp_path: Path
+) -> None:
+    run = evaluated(evaluation_runs.annotations, tmp_path, windows)
+    main(["--run", str(run)])
+    drawn = {path.name for path in (run / "report" / "figures").iterdir()}
+    assert drawn == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
+
+
+def test_lengths_are_those_of_the_protocol(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
+    """TimeLens rounds what is predicted, never a label."""
+    flags = ("--protocol", "timelens")
+    run = evaluated(evaluation_runs.annotations, tmp_path, lambda s, e: [s + 0.4, e + 0.6], *flags)
+    judged = read_evaluation(run, "--run").rows["q0"]
+    start, end = judged.record["gt"][0]
+    rounded = round(end + 0.6) - round(start + 0.4)
+    assert judged.lengths_s == (rounded, end - start) and rounded != pytest.approx(end - start + 0.2)
+
+
 # ---- two evaluations
 
 
