@@ -367,6 +367,24 @@ def test_a_phone_has_no_sideways_scroll(name: str, width: int, visit: Any) -> No
     assert not page.is_visible("#player")
 
 
+def test_times_under_the_seek_bar_never_overlap(visit: Any) -> None:
+    page = visit("alone", **PHONE)
+    page.tap("tr[data-qid='q6'] .open")
+    page.wait_for_function("() => document.getElementById('video').readyState > 1")
+    page.keyboard.press("Home")
+    hidden = set()
+    for _ in range(9):
+        boxes = page.evaluate(
+            "['seek-start', 'seek-now', 'seek-end'].map(id => document.getElementById(id))"
+            ".filter(e => getComputedStyle(e).visibility === 'visible').map(e => e.getBoundingClientRect())"
+            ".map(box => [box.left, box.right])"
+        )
+        assert all(before[1] < after[0] for before, after in zip(boxes, boxes[1:], strict=False)), boxes
+        hidden.add(len(boxes))
+        page.keyboard.press("ArrowRight")
+    assert hidden == {2, 3}
+
+
 def test_everything_has_a_name(visit: Any) -> None:
     page = visit("paired")
     page.click("tr[data-qid='q3'] .open")
