@@ -27,6 +27,8 @@ SHOWN_SHARE = 97.0
 """Per cent of the points that an axis of seconds makes room for; the caption counts the others."""
 FARTHEST_S = 1e9
 """Seconds at which every axis ends: a model may write times whose sums are beyond the largest float."""
+WIDE = 200
+"""An axis from one value to so many times it has no room for more than one label in each power of ten."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,9 @@ def _lengths(rows: Sequence[Judged]) -> list[Picture]:
         axes.scatter(truth, shown, s=12, color=palette.prediction, alpha=_alpha(len(shown)), linewidths=0)
         axes.collections[-1].set_rasterized(True)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        steps = (1, 2, 5) if high < WIDE * low else (1,)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(subs=steps))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="labelled length, s", ylabel="predicted length, s")

@@ -161,6 +161,8 @@ def test_what_is_asked_together(annotations: Path) -> None:
         ([10**400 + i for i in range(60)], None),
         ([i % 3 / 4 if i % 3 else float("nan") for i in range(60)], ["0.25", "0.5", "(none)"]),
         ([i / 60 for i in range(60)], ["0-0.197", "0.197-0.393", "0.393-0.59", "0.59-0.787", "0.787-0.983"]),
+        ([i - 9.0 for i in range(11)], ["-9 to -7", "-7 to -5", "-5 to -3", "-3 to -1", "-1 to 1"]),
+        ([(-2, -10, 1e-05, 3)[i % 4] for i in range(60)], ["-10", "-2", "1e-05", "3"]),
     ],
 )  # fmt: skip
 def test_a_breakdown_that_nobody_asked_for_costs_no_result(values: list[Any], groups: list[str] | None) -> None:

@@ -362,6 +362,20 @@ def test_figures_of_windows_that_are_none(
     assert drawn == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
 
 
+def test_lengths_of_many_magnitudes_have_ticks_apart(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
+    shortest = min(s for row in read_rows(evaluation_runs.annotations)[0] for s, _ in row.timestamp or ())
+    run = evaluated(
+        evaluation_runs.annotations, tmp_path, lambda s, e: [s, s + 1e-4] if s == shortest else [s, e]
+    )
+    picture = next(p for p in pictures(read_evaluation(run, "--run"), None) if p.name == "lengths")
+    figure = picture.figure(LIGHT)
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    low, high = figure.axes[0].get_xlim()
+    shown = [tick.label1.get_window_extent() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(shown) >= 4 and all(a.x1 < b.x0 for a, b in zip(shown, shown[1:], strict=False))
+
+
 def test_lengths_are_those_of_the_protocol(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
     """TimeLens rounds what is predicted, never a label."""
     flags = ("--protocol", "timelens")
