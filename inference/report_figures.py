@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -160,6 +161,7 @@ def _errors(
         axes.plot(centres, medians, "o-", color=palette.prediction, markersize=5, label="median")
         if is_log:
             axes.set_xscale("log")
+            _label_powers(axes.xaxis, places.min(), places.max())
         axes.set(ylim=(0, most), xlabel=label, ylabel="error of start and end, s")
         _legend(axes, palette)
 
@@ -215,11 +217,8 @@ def _lengths(rows: Sequence[Judged]) -> list[Picture]:
         axes.scatter(truth, shown, s=12, color=palette.prediction, alpha=_alpha(len(shown)), linewidths=0)
         axes.collections[-1].set_rasterized(True)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-        steps = (1, 2, 5) if high < WIDE * low else (1,)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=steps))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+            _label_powers(axis, low, high)
         axes.set(xlabel="labelled length, s", ylabel="predicted length, s")
 
     empty = f" {len(rows) - len(shown)} windows without length are left out." if len(shown) < len(rows) else ""
@@ -236,6 +235,13 @@ def _within(seconds: Sequence[Any]) -> np.ndarray:
 def _reach(values: np.ndarray) -> float:
     """Where an axis of seconds ends, so that nearly all of `values` have room."""
     return max(float(np.percentile(values, SHOWN_SHARE)) * 1.1, 0.1)
+
+
+def _label_powers(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis from `low` to `high`, as many as have room."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < WIDE * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes, palette: Palette) -> None:

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -362,18 +363,38 @@ def test_figures_of_windows_that_are_none(
     assert drawn == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
 
 
-def test_lengths_of_many_magnitudes_have_ticks_apart(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
-    shortest = min(s for row in read_rows(evaluation_runs.annotations)[0] for s, _ in row.timestamp or ())
-    run = evaluated(
-        evaluation_runs.annotations, tmp_path, lambda s, e: [s, s + 1e-4] if s == shortest else [s, e]
-    )
-    picture = next(p for p in pictures(read_evaluation(run, "--run"), None) if p.name == "lengths")
-    figure = picture.figure(LIGHT)
+def words_of(axis: Any) -> list[str]:
+    """The labels of a drawn axis, which are apart from each other."""
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = sorted((tick for tick in ticks if low <= tick.get_loc() <= high), key=lambda tick: tick.get_loc())
+    words = [tick.label1 for tick in shown if tick.label1.get_text()]
+    boxes = [label.get_window_extent() for label in words]
+    assert all(before.x1 < after.x0 for before, after in zip(boxes, boxes[1:], strict=False))
+    return [label.get_text() for label in words]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("duration", (20, 45, 200, 700), ["20", "50", "100", "200", "500"]),
+        ("duration", (2, 45, 200, 3600), ["10", "100", "1000"]),
+        ("lengths", (2, 3, 10, 60), ["2", "5", "10", "20", "50"]),
+        ("lengths", (0.0002, 3, 10, 60), ["0.001", "0.01", "0.1", "1", "10"]),
+    ],
+)
+def test_labels_of_logarithmic_axes_are_apart(
+    name: str, values: Any, words: list[str], evaluation_runs: EvaluationRuns
+) -> None:
+    evaluation = read_evaluation(evaluation_runs.better, "--run")
+    row = evaluation.rows["q0"]
+    rows = {
+        str(value): replace(row, record={**row.record, "duration": value}, lengths_s=(value, 3.0)) for value in values
+    }
+    found = {picture.name: picture for picture in pictures(replace(evaluation, rows=rows), None)}
+    figure = found[name].figure(LIGHT)
     figure.canvas.draw()
-    axis = figure.axes[0].xaxis
-    low, high = figure.axes[0].get_xlim()
-    shown = [tick.label1.get_window_extent() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-    assert len(shown) >= 4 and all(a.x1 < b.x0 for a, b in zip(shown, shown[1:], strict=False))
+    assert words_of(figure.axes[0].xaxis) == words
 
 
 def test_lengths_are_those_of_the_protocol(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
