@@ -46,6 +46,7 @@ def read_predictions(path: Path, durations: Mapping[str, float], ignored: Collec
         lines[qid] = number
         if qid in durations:
             found[qid] = _prediction(record, durations[qid], f"{path}:{number}")
+            _check(qid, found[qid], f"{path}:{number}")
         elif qid not in ignored:
             unknown.append(qid)
     if unknown:
@@ -79,6 +80,13 @@ def _prediction(record: Mapping[str, Any], duration: float, where: str) -> Any:
         spans = parse_spans(record["text"], duration=duration)
         return None if spans is None else [list(span) for span in spans]
     raise UserError(f"{where} has none of {', '.join((*WINDOW_KEYS, 'text'))}; name the windows `pred`")
+
+
+def _check(qid: str, windows: Any, where: str) -> None:
+    try:
+        scored_windows({"qid": qid, "pred": windows})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _with_nan(windows: Any) -> Any:
