@@ -161,6 +161,8 @@ def test_what_is_asked_together(annotations: Path) -> None:
         ([10**400 + i for i in range(60)], None),
         ([i % 3 / 4 if i % 3 else float("nan") for i in range(60)], ["0.25", "0.5", "(none)"]),
         ([i / 60 for i in range(60)], ["0-0.197", "0.197-0.393", "0.393-0.59", "0.59-0.787", "0.787-0.983"]),
+        ([i - 9.0 for i in range(11)], ["-9 to -7", "-7 to -5", "-5 to -3", "-3 to -1", "-1 to 1"]),
+        ([(-2, -10, 1e-05, 3)[i % 4] for i in range(60)], ["-10", "-2", "1e-05", "3"]),
     ],
 )  # fmt: skip
 def test_a_breakdown_that_nobody_asked_for_costs_no_result(values: list[Any], groups: list[str] | None) -> None:
@@ -248,6 +250,20 @@ def test_predictions_are_scored_without_a_model(annotations: Path, tmp_path: Pat
     assert len(predictions(tmp_path / "eval")) == 10
 
 
+def test_what_an_evaluation_wrote_can_be_scored_again(annotations: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: a time and a score that were none stand there as null."""
+    flags = scored(annotations, lambda s, e: [s, e, 0.5], tmp_path / "p.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    records[0]["pred"], records[1]["pred"][0][2] = [[float("nan"), 3.0, float("nan")]], float("nan")
+    write_predictions(tmp_path / "p.jsonl", records)
+    main([*flags, "--output_dir", str(tmp_path / "first")])
+    assert predictions(tmp_path / "first")[0]["pred"] == [[None, 3.0, None]]
+    again = ["--predictions", str(tmp_path / "first/predictions.jsonl"), "--annotations", str(annotations)]
+    main([*again, "--output_dir", str(tmp_path / "again")])
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "first")
+    assert metrics(tmp_path / "again")["averages"]["R1@0.7"] == 87.5
+
+
 def test_predictions_in_other_words(annotations: Path, tmp_path: Path) -> None:
     """QVHighlights' key and plain text, and a query without a line."""
     rows = read_rows(annotations)[0]
@@ -315,7 +331,8 @@ def test_other_units_among_the_seconds_are_counted_by_name(annotations: Path, tm
         ([{"qid": "q0", "pred": []}, {"qid": "q0", "pred": []}], r"p.jsonl:2: qid 'q0' stands in line 1 already"),
         ([{"pred": []}], "p.jsonl:1 has no qid"),
         ([{"qid": "q0"}], "p.jsonl:1 has none of pred, pred_relevant_windows, text"),
-        ([{"qid": "q0", "pred": [[1, "b"]]}], "'q0': pred must be a list of"),
+        ([{"qid": "q0", "pred": [[1, "b"]]}], "p.jsonl:1: sample 'q0': pred must be a list of"),
+        ([{"qid": "q0", "pred": [[1, 2, 0.5], [3, 4]]}], "p.jsonl:1: sample 'q0': some windows of pred have a score"),
         ([[1]], "p.jsonl:1 has no qid"),
         ([], "holds no line"),
     ],
