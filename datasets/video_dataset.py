@@ -7,7 +7,7 @@ rows are `utils.rows`, tokens are `datasets.encoding`, batches are `datasets.col
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -92,7 +92,10 @@ class VideoTemporalDataset(Dataset[Sample]):
                 f"data.{split} names no annotation file; give one, e.g. data.{split}=data/annotations/{split}.jsonl"
             )
         limit, root = data.max_bad_fraction, data.videos_root
-        rows = load_annotations(sources, max_bad_fraction=limit, trim=data.trim, videos_root=root, seed=seed)
+        rows = load_annotations(
+            sources, max_bad_fraction=limit, trim=data.trim, videos_root=root, seed=seed,
+            kept_faults=self.kept_faults,
+        )  # fmt: skip
         usable = [row for row in rows if self.is_usable(row)]
         if not usable:
             raise UserError(
@@ -109,6 +112,9 @@ class VideoTemporalDataset(Dataset[Sample]):
         self.rows: list[Row] = usable
 
     # ------------------------------------------------------------------ what a task decides
+    kept_faults: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of problems of a row in spite of which it is used."""
+
     def is_usable(self, row: Row) -> bool:
         """Whether the row can be trained on or scored: here, whether it is labelled (`[]` is: the event is absent)."""
         return row.timestamp is not None

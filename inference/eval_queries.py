@@ -19,14 +19,17 @@ from inference.eval_store import Answer
 from utils.common import UserError
 from utils.config import AnnotationSource, DataConfig, PromptConfig
 from utils.logging_utils import get_logger
-from utils.rows import Row, clip_bounds, look_up_video, read_raw_rows, to_file_clock
+from utils.rows import LABEL_FAULTS, Row, clip_bounds, look_up_video, read_raw_rows, to_file_clock
 from utils.spans import Span
 
 NUM_NAMED = 5
 
 
 class AllRows(VideoTemporalDataset):
-    """All good rows of the file, those without a label too: a row's place in the file is its place here."""
+    """All good rows of the file, those without a label too: a row's place in the file is its place here. Windows are
+    taken as they are, so that the score is over all the rows that published scores are over."""
+
+    kept_faults = LABEL_FAULTS
 
     def is_usable(self, row: Row) -> bool:
         """Every row is."""
@@ -109,10 +112,21 @@ def load_queries(
         get_logger().info(
             "%s: %d of %d rows have no label and are left out", annotations, counts["num_unlabelled"], len(qids)
         )
+    if num_odd := sum(_is_odd(dataset.rows[qids[qid]]) for qid in labelled):
+        get_logger().warning(
+            "%s: %d of %d labelled rows have a window that does not start before it ends or starts before 0; they are "
+            "scored as they are, as published scores do: the former count 0 whatever is answered",
+            annotations, num_odd, len(labelled),
+        )  # fmt: skip
     places = {qid: qids[qid] for qid in labelled}
     if max_samples is not None and max_samples < len(labelled):
         labelled = [labelled[place] for place in np.linspace(0, len(labelled) - 1, max_samples).round().astype(int)]
     return Queries(dataset, places, tuple(labelled), frozenset(qids) - frozenset(places), counts)
+
+
+def _is_odd(row: Row) -> bool:
+    """Whether a window of the row is one that training would refuse."""
+    return any(start >= end or start < 0 for start, end in row.timestamp or ())
 
 
 def qids_of(rows: Sequence[Row]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ ALWAYS_BY = "difficulty"
 """The key of kwargs that is broken down by wherever rows have it."""
 NONE = "(none)"
 """The group of rows without the key."""
+_FIRST_NUMBER = re.compile(r"(?:over )?(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?=[-\s]|$)")
 
 
 def summarise(samples: Sequence[Sample], protocol: str, by: Sequence[str] = ()) -> dict[str, Any]:
@@ -114,11 +116,10 @@ def _bin(value: float, edges: Sequence[float], unit: str) -> str:
 
 def _in_order(group: str) -> tuple[int, float, str]:
     """Groups by their first number, those of words by name, `(none)` last."""
-    number = group.removeprefix("over ").split(" ")[0].rsplit("-", 1)[0] if group[:1] in "-0123456789o" else ""
-    try:
-        return (0, float(number) + (1e-9 if group.startswith("over ") else 0.0), group)
-    except ValueError:
+    number = _FIRST_NUMBER.match(group)
+    if number is None:
         return (2 if group == NONE else 1, 0.0, group)
+    return (0, float(number[1]) + (1e-9 if group.startswith("over ") else 0.0), group)
 
 
 def _labelled_s(sample: Sample) -> float:
@@ -157,7 +158,7 @@ def _quantile(value: Any, least: float, edges: Sequence[float]) -> str:
         return NONE
     bins = list(zip((least, *edges), edges, strict=False))
     low, high = next(((low, high) for low, high in bins if value <= high), bins[-1])
-    return f"{low:.3g}-{high:.3g}"
+    return f"{low:.3g}{'-' if low >= 0 else ' to '}{high:.3g}"
 
 
 def _value(sample: Sample, key: str) -> Any:

@@ -39,6 +39,8 @@ class Judged:
     offsets_s: tuple[float, float] | None
     """Predicted minus labelled start and end, of the counted window and the labelled one it fits best; None where
     either is missing or not finite."""
+    lengths_s: tuple[float, float] | None = None
+    """Of the same two windows, predicted and labelled."""
 
     @property
     def score(self) -> float:
@@ -100,17 +102,22 @@ def judge(record: Mapping[str, Any], protocol: str) -> Judged:
     predicted = scored_windows(record) or []
     chosen = counted_window(predicted, replace(rules, unit_s=None))
     place = next((place for place, (window, _) in enumerate(predicted) if window is chosen), None)
-    offsets = _offsets(counted_window(predicted, rules), sample_windows(record, "gt") or [])
-    return Judged(record, sample_scores(record, protocol), place, offsets)
+    answer = counted_window(predicted, rules)
+    best = _fitting(answer, sample_windows(record, "gt") or [])
+    if answer is None or best is None:
+        return Judged(record, sample_scores(record, protocol), place, None)
+    offsets = (answer.start - best.start, answer.end - best.end)
+    lengths = (answer.end - answer.start, best.end - best.start)
+    return Judged(record, sample_scores(record, protocol), place, offsets, lengths)
 
 
-def _offsets(predicted: Span | None, labelled: Sequence[Span]) -> tuple[float, float] | None:
+def _fitting(predicted: Span | None, labelled: Sequence[Span]) -> Span | None:
+    """The labelled window that fits best, or is nearest; None where a window is missing or not finite."""
     windows = [window for window in labelled if all(map(math.isfinite, window))]
     if predicted is None or not windows or not all(map(math.isfinite, predicted)):
         return None
     middle = (predicted.start + predicted.end) / 2
-    best = max(windows, key=lambda w: (temporal_iou(predicted, w), -abs((w.start + w.end) / 2 - middle)))
-    return predicted.start - best.start, predicted.end - best.end
+    return max(windows, key=lambda w: (temporal_iou(predicted, w), -abs((w.start + w.end) / 2 - middle)))
 
 
 # ---------------------------------------------------------------------------------------------- reading

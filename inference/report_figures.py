@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -24,7 +26,10 @@ SIZE = (4.5, 3.0)
 NUM_IOU_BINS, NUM_GROUPS = 20, 8
 SHOWN_SHARE = 97.0
 """Per cent of the points that an axis of seconds makes room for; the caption counts the others."""
-NOTHING = "no window has a length"
+FARTHEST_S = 1e9
+"""Seconds at which every axis ends: a model may write times whose sums are beyond the largest float."""
+WIDE = 200
+"""An axis from one value to so many times it has no room for more than one label in each power of ten."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def pictures(ours: Evaluation, theirs: Evaluation | None) -> list[Picture]:
     placed = [row for row in ours.grounded if row.offsets_s is not None]
     if not placed:
         return shown
-    return [*shown, _offsets(placed), _lengths(placed), _against_duration(placed), _against_position(placed)]
+    return [*shown, _offsets(placed), *_lengths(placed), _against_duration(placed), _against_position(placed)]
 
 
 # ---------------------------------------------------------------------------------------------- IoU
@@ -146,8 +151,8 @@ def _errors(
     name: str, title: str, rows: Sequence[Judged], places: np.ndarray, label: str, is_log: bool = False
 ) -> Picture:
     """The boundary error (mean of start and end, seconds) over `places`, with its median in groups of equal size."""
-    errors = np.abs(np.array([row.offsets_s for row in rows], dtype=np.float64)).mean(axis=1)
-    most = max(float(np.percentile(errors, SHOWN_SHARE)) * 1.1, 0.1)
+    errors = np.abs(_within([row.offsets_s for row in rows])).mean(axis=1)
+    most = _reach(errors)
     centres, medians, low, high = grouped(places, errors)
 
     def draw(axes: Axes, palette: Palette) -> None:
@@ -156,6 +161,7 @@ def _errors(
         axes.plot(centres, medians, "o-", color=palette.prediction, markersize=5, label="median")
         if is_log:
             axes.set_xscale("log")
+            _label_powers(axes.xaxis, places.min(), places.max())
         axes.set(ylim=(0, most), xlabel=label, ylabel="error of start and end, s")
         _legend(axes, palette)
 
@@ -175,9 +181,9 @@ def grouped(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _offsets(rows: Sequence[Judged]) -> Picture:
-    starts, ends = np.array([row.offsets_s for row in rows]).T
+    starts, ends = _within([row.offsets_s for row in rows]).T
     far = np.maximum(np.abs(starts), np.abs(ends))
-    most = max(float(np.percentile(far, SHOWN_SHARE)) * 1.1, 0.1)
+    most = _reach(far)
 
     def draw(axes: Axes, palette: Palette) -> None:
         axes.axhline(0, color=palette.muted, linewidth=1)
@@ -197,11 +203,13 @@ def _offsets(rows: Sequence[Judged]) -> Picture:
     return Picture("offsets", "Start and end", caption, said, draw)
 
 
-def _lengths(rows: Sequence[Judged]) -> Picture:
-    predicted = np.array([_length(row.record["pred"][row.counted or 0]) for row in rows])
-    labelled = predicted - np.array([end - start for start, end in (row.offsets_s or (0, 0) for row in rows)])
+def _lengths(rows: Sequence[Judged]) -> list[Picture]:
+    """One picture, or none where no window has a length."""
+    predicted, labelled = _within([row.lengths_s for row in rows]).T
     usable = (predicted > 0) & (labelled > 0)
     shown, truth = predicted[usable], labelled[usable]
+    if not len(shown):
+        return []
 
     def draw(axes: Axes, palette: Palette) -> None:
         low, high = 0.8 * min(shown.min(), truth.min()), 1.25 * max(shown.max(), truth.max())
@@ -210,19 +218,30 @@ def _lengths(rows: Sequence[Judged]) -> Picture:
         axes.collections[-1].set_rasterized(True)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+            _label_powers(axis, low, high)
         axes.set(xlabel="labelled length, s", ylabel="predicted length, s")
 
     empty = f" {len(rows) - len(shown)} windows without length are left out." if len(shown) < len(rows) else ""
     caption = f"On the line both are equally long. A level band is a model that always answers alike.{empty}"
-    ratio = f"median of predicted over labelled length {np.median(shown / truth):.2f}" if len(shown) else NOTHING
-    return Picture("lengths", "Length", caption, ratio, draw)
+    ratio = f"median of predicted over labelled length {np.median(shown / truth):.2f}"
+    return [Picture("lengths", "Length", caption, ratio, draw)]
 
 
-def _length(window: Sequence[float]) -> float:
-    return window[1] - window[0]
+def _within(seconds: Sequence[Any]) -> np.ndarray:
+    """An array whose values are no farther from 0 than `FARTHEST_S`."""
+    return np.clip(np.array(seconds, dtype=np.float64), -FARTHEST_S, FARTHEST_S)
+
+
+def _reach(values: np.ndarray) -> float:
+    """Where an axis of seconds ends, so that nearly all of `values` have room."""
+    return max(float(np.percentile(values, SHOWN_SHARE)) * 1.1, 0.1)
+
+
+def _label_powers(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis from `low` to `high`, as many as have room."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < WIDE * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes, palette: Palette) -> None:
@@ -240,7 +259,7 @@ def _alpha(num_points: int) -> float:
 
 
 def _left_out(count: int) -> str:
-    return f" {count} lie outside the picture." if count else ""
+    return f" {count} {'lies' if count == 1 else 'lie'} outside the picture." if count else ""
 
 
 def _short(name: str) -> str:

@@ -147,9 +147,10 @@ class Summary:
     def render(self, cache: FrameCache) -> str:
         """As text."""
         entries, reads = cache.entries(), self.reads
+        num_decoded = self.num_done - reads.cache_hits - len(self.faults)  # `reads.decoded` has what was tried in vain
         lines = [
             f"clips:      {self.num_done} of {self.num_clips}: {reads.cache_hits} found, "
-            f"{reads.decoded - len(self.faults)} decoded ({reads.cache_rebuilt} of them anew), "
+            f"{num_decoded} decoded ({reads.cache_rebuilt} of them anew), "
             f"{len(self.faults)} unreadable",
             f"cache:      {cache.folder}: {len(entries)} clips, {sum(entry.size for entry in entries) / 1e9:.3f} GB of "
             f"data.cache_max_gb={cache.max_bytes / 1e9:g}",

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.annotations, args.videos_dir, args.output, args.split, policies, args.skip_videos, args.probe_videos
     )
     conversion = convert(converter, request)
+    _check_outputs(args.output, args.report, conversion.source)  # the one read from a folder of several
     if args.to == "rows":
         write_records(args.output, conversion.records)
     else:

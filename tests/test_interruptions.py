@@ -310,10 +310,11 @@ def test_one_process_goes_on_as_if_nothing_had_been(
 def test_two_processes_go_on_as_if_nothing_had_been(
     entry: str, trainings: Callable[[str, int], tuple[Training, Training]]
 ) -> None:
-    """A kill of the launcher alone, one of everything in a save, and a SIGTERM to the launcher in the middle of a step:
-    both processes stop after the same one."""
+    """A kill of everything in a validation and in a save, one of the launcher alone, and a SIGTERM to the launcher in
+    the middle of a step: both processes stop after the same one."""
     whole, cut = trainings(entry, 2)
     whole.finish()
+    cut.kill_in(lambda: cut.in_validation(4))
     [(step, delay_s)] = random_moments(whole, 1, seed=0)
     cut.kill(lambda: cut.has_reached(step), delay_s, only_launcher=True)
     cut.kill_in(lambda: cut.in_save(max(4, step - step % 2)))

@@ -120,9 +120,14 @@ def load_named(path: str, key: str) -> Any:
     """Import `package.module:name`, as plug-in keys of the configuration give it. Raises UserError naming `key`."""
     module_name, _, attribute = path.partition(":")
     try:
+        if not module_name or module_name.startswith("."):
+            raise ImportError(f"{module_name!r} is no module's full name")
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}={path!r} cannot be imported: {error}. It must read package.module:name") from error
+        raise UserError(
+            f"{key}={path!r} cannot be imported: {error}. It must read package.module:name, of a module that Python "
+            "finds; PYTHONPATH=FOLDER adds the folder of yours"
+        ) from error
 
 
 def seed_everything(seed: int) -> None:

@@ -3,7 +3,8 @@
 One JSON object a line with `qid` and one of
 
 - `pred`: `[[start, end], ...]` or `[[start, end, score], ...]` in seconds on the clip's clock (0 at `video_start`);
-  `[]` = said to be absent, `null` = the answer could not be read;
+  `[]` = said to be absent, `null` = the answer could not be read; `null` in the place of a number is NaN, as an
+  evaluation writes it in its own `predictions.jsonl`;
 - `pred_relevant_windows`: the same, as QVHighlights submissions call it;
 - `text`: the answer itself, read by `utils.spans`.
 """
@@ -16,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.common import UserError, nearest
+from utils.common import UserError, nearest, or_nan
 from utils.samples import Sample, scored_windows
 from utils.spans import Span, parse_spans
 
@@ -45,6 +46,7 @@ def read_predictions(path: Path, durations: Mapping[str, float], ignored: Collec
         lines[qid] = number
         if qid in durations:
             found[qid] = _prediction(record, durations[qid], f"{path}:{number}")
+            _check(qid, found[qid], f"{path}:{number}")
         elif qid not in ignored:
             unknown.append(qid)
     if unknown:
@@ -73,11 +75,25 @@ def _records(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
 def _prediction(record: Mapping[str, Any], duration: float, where: str) -> Any:
     for key in WINDOW_KEYS:
         if key in record:
-            return record[key]
+            return _with_nan(record[key])
     if isinstance(record.get("text"), str):
         spans = parse_spans(record["text"], duration=duration)
         return None if spans is None else [list(span) for span in spans]
     raise UserError(f"{where} has none of {', '.join((*WINDOW_KEYS, 'text'))}; name the windows `pred`")
+
+
+def _check(qid: str, windows: Any, where: str) -> None:
+    try:
+        scored_windows({"qid": qid, "pred": windows})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _with_nan(windows: Any) -> Any:
+    """`windows` with NaN for null among their numbers; anything that is no list of lists stays as it is."""
+    if not isinstance(windows, list):
+        return windows
+    return [[or_nan(value) for value in window] if isinstance(window, list) else window for window in windows]
 
 
 def _unknown(path: Path, unknown: Sequence[str], known: Mapping[str, float]) -> str:

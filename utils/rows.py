@@ -17,7 +17,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -96,8 +96,15 @@ class Source(Protocol):
 # ---- reading
 
 
-def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[RowProblem]]:
-    """The good rows of a JSONL file and the problems of the others, both in file order. A bad row never raises.
+LABEL_FAULTS = frozenset({"start_ge_end", "negative_start", "start_before_clip"})
+"""Faults of released labels that training cannot use, and that published scores count as they are."""
+
+
+def read_rows(
+    path: str | os.PathLike[str], *, kept_faults: Collection[str] = ()
+) -> tuple[list[Row], list[RowProblem]]:
+    """The good rows of a JSONL file and the problems of the others, both in file order. A bad row never raises. Rows
+    with no other problems than `kept_faults` (kinds) count as good.
 
     Raises UserError when the file is missing, empty, not UTF-8, or one JSON document instead of JSON lines.
     """
@@ -105,9 +112,10 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[RowProblem]
     rows: list[Row] = []
     problems: list[RowProblem] = []
     for raw in read_raw_rows(file):
-        problems += [RowProblem(file, raw.line, kind, message) for kind, message in raw.findings]
-        if raw.record is not None and not raw.findings:
+        if raw.record is not None and {kind for kind, _ in raw.findings} <= set(kept_faults):
             rows.append(record_to_row(raw.record, file, raw.line))
+        else:
+            problems += [RowProblem(file, raw.line, kind, message) for kind, message in raw.findings]
     return rows, problems
 
 
@@ -375,6 +383,7 @@ def load_annotations(
     trim: Trim | None = None,
     videos_root: Path | None = None,
     seed: int = 0,
+    kept_faults: Collection[str] = (),
 ) -> list[Row]:
     """All good rows of all sources, in order, each source repeated by its weight; bad rows are named and counted in
     the log.
@@ -386,6 +395,8 @@ def load_annotations(
     window that only ends past it is counted in a warning, and `check_trim` decides whether the reading is the right
     one.
 
+    Rows with no other problems than `kept_faults` (kinds) are good.
+
     Raises UserError when a file cannot be read at all, when the bad rows are more than `max_bad_fraction` of all
     rows, when all are bad, or when rows fit only another trim reading.
     """
@@ -393,13 +404,13 @@ def load_annotations(
     problems: list[RowProblem] = []
     num_lines = 0
     for index, source in enumerate(sources):
-        good, bad = read_rows(source.path)
+        good, bad = read_rows(source.path, kept_faults=kept_faults)
         if videos_root is not None:
             good, outside = _split_by_root(good, videos_root)
             bad += outside
         if trim is not None:
             check_trim(good, trim)
-            good, outside = _split_by_clip(good, trim)
+            good, outside = _split_by_clip(good, trim, kept_faults)
             bad += outside
         num_lines += len(good) + len({problem.line for problem in bad})
         problems += bad
@@ -424,12 +435,14 @@ def _split_by_root(rows: list[Row], root: Path) -> tuple[list[Row], list[RowProb
     return good, [RowProblem(row.file, row.line, *finding) for row, finding in bad]
 
 
-def _split_by_clip(rows: list[Row], trim: Trim) -> tuple[list[Row], list[RowProblem]]:
+def _split_by_clip(
+    rows: list[Row], trim: Trim, kept_faults: Collection[str]
+) -> tuple[list[Row], list[RowProblem]]:
     good: list[Row] = []
     problems: list[RowProblem] = []
     num_past_end = 0
     for row in rows:
-        findings = dict(clip_findings(row, trim))
+        findings = {kind: message for kind, message in clip_findings(row, trim) if kind not in kept_faults}
         past_end = findings.pop("end_past_duration", None)
         problems += [RowProblem(row.file, row.line, kind, message) for kind, message in findings.items()]
         if not findings:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,18 +152,16 @@ def event_in(question: str) -> tuple[str, bool]:
 
 
 def _written_rows(record: Mapping[str, Any], split: str, qid: str) -> Iterator[SourceRow]:
-    """The rows of a conversation that this project wrote."""
-    conversation = {key: value for key, value in record.items() if key != ROWS_KEY}
-    style = "ms_swift" if "messages" in record else "llama_factory"
-    for row in record[ROWS_KEY]:
-        source = from_record(row, split, qid)
-        if "turn" in source.kwargs:  # another program's, with what it said left out of its rows
-            source = from_record(_with_conversation(row, conversation), split, qid)
-        elif len(record[ROWS_KEY]) == 1 and fresh(row, style) != dict(record):
-            kwargs = {**source.kwargs, "conversation": conversation}
-            row = {**row, "kwargs": {**kwargs, "quirks": [*kwargs.get("quirks", ()), "differing_rows"]}}
-            source = from_record(row, split, qid)
-        yield source
+    """The rows of a conversation that this project wrote, marked where it says something else by now."""
+    conversation, rows = {key: value for key, value in record.items() if key != ROWS_KEY}, record[ROWS_KEY]
+    style = "llama_factory" if "conversations" in record else "ms_swift"
+    # Of another program's conversation what it said is left out of its rows.
+    is_foreign = "turn" in rows[0]["kwargs"] and _says_the_same(conversation, rows, style)
+    is_own = not is_foreign and len(rows) == 1 and fresh(rows[0], style) == dict(record)
+    for row in rows:
+        source = from_record(row if is_own else _with_conversation(row, conversation), split, qid)
+        is_changed = not (is_foreign or is_own)
+        yield replace(source, quirks=(*source.quirks, "differing_rows")) if is_changed else source
 
 
 def _with_conversation(row: Mapping[str, Any], conversation: Mapping[str, Any]) -> dict[str, Any]:

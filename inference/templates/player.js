@@ -80,8 +80,11 @@ function drawCursor() {
   const output = byId("seek-now");
   output.textContent = formatTime(time, player.last) + unitOf(player.last);
   output.style.left = `${100 * Math.min(Math.max(share, 0.04), 0.96)}%`;
-  byId("seek-start").style.visibility = share < 0.12 ? "hidden" : "";
-  byId("seek-end").style.visibility = share > 0.88 ? "hidden" : "";
+  const box = output.getBoundingClientRect();
+  for (const end of [byId("seek-start"), byId("seek-end")]) {
+    const { left, right } = end.getBoundingClientRect();
+    end.style.visibility = right + 6 > box.left && left - 6 < box.right ? "hidden" : "";
+  }
   seekBar.setAttribute("aria-valuenow", time.toFixed(1));
   seekBar.setAttribute("aria-valuetext", `${formatTime(time, player.last)}${unitOf(player.last)}`);
 }

@@ -161,6 +161,8 @@ def test_what_is_asked_together(annotations: Path) -> None:
         ([10**400 + i for i in range(60)], None),
         ([i % 3 / 4 if i % 3 else float("nan") for i in range(60)], ["0.25", "0.5", "(none)"]),
         ([i / 60 for i in range(60)], ["0-0.197", "0.197-0.393", "0.393-0.59", "0.59-0.787", "0.787-0.983"]),
+        ([i - 9.0 for i in range(11)], ["-9 to -7", "-7 to -5", "-5 to -3", "-3 to -1", "-1 to 1"]),
+        ([(-2, -10, 1e-05, 3)[i % 4] for i in range(60)], ["-10", "-2", "1e-05", "3"]),
     ],
 )  # fmt: skip
 def test_a_breakdown_that_nobody_asked_for_costs_no_result(values: list[Any], groups: list[str] | None) -> None:
@@ -248,6 +250,20 @@ def test_predictions_are_scored_without_a_model(annotations: Path, tmp_path: Pat
     assert len(predictions(tmp_path / "eval")) == 10
 
 
+def test_what_an_evaluation_wrote_can_be_scored_again(annotations: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: a time and a score that were none stand there as null."""
+    flags = scored(annotations, lambda s, e: [s, e, 0.5], tmp_path / "p.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    records[0]["pred"], records[1]["pred"][0][2] = [[float("nan"), 3.0, float("nan")]], float("nan")
+    write_predictions(tmp_path / "p.jsonl", records)
+    main([*flags, "--output_dir", str(tmp_path / "first")])
+    assert predictions(tmp_path / "first")[0]["pred"] == [[None, 3.0, None]]
+    again = ["--predictions", str(tmp_path / "first/predictions.jsonl"), "--annotations", str(annotations)]
+    main([*again, "--output_dir", str(tmp_path / "again")])
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "first")
+    assert metrics(tmp_path / "again")["averages"]["R1@0.7"] == 87.5
+
+
 def test_predictions_in_other_words(annotations: Path, tmp_path: Path) -> None:
     """QVHighlights' key and plain text, and a query without a line."""
     rows = read_rows(annotations)[0]
@@ -315,7 +331,8 @@ def test_other_units_among_the_seconds_are_counted_by_name(annotations: Path, tm
         ([{"qid": "q0", "pred": []}, {"qid": "q0", "pred": []}], r"p.jsonl:2: qid 'q0' stands in line 1 already"),
         ([{"pred": []}], "p.jsonl:1 has no qid"),
         ([{"qid": "q0"}], "p.jsonl:1 has none of pred, pred_relevant_windows, text"),
-        ([{"qid": "q0", "pred": [[1, "b"]]}], "'q0': pred must be a list of"),
+        ([{"qid": "q0", "pred": [[1, "b"]]}], "p.jsonl:1: sample 'q0': pred must be a list of"),
+        ([{"qid": "q0", "pred": [[1, 2, 0.5], [3, 4]]}], "p.jsonl:1: sample 'q0': some windows of pred have a score"),
         ([[1]], "p.jsonl:1 has no qid"),
         ([], "holds no line"),
     ],
@@ -395,6 +412,29 @@ def test_qids_that_two_rows_share_are_refused(command: list[str], asked: list[li
     write_rows(annotations, rows)
     main(command)
     assert [r["qid"] for r in predictions(annotations.parent / "eval")] == [str(line) for line in range(1, 11)]
+
+
+def test_windows_that_training_refuses_are_scored_as_they_are(
+    annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in TVGBench (windows of no length) and NExT-GQA (starts before 0): published scores are over all rows."""
+    lines = [json.loads(line) for line in annotations.read_text().splitlines()][:4]
+    windows = [[2.0, 2.0], [6.0, 4.0], [-2.0, 2.0], [1.0, 3.0]]
+    rows = [line | {"timestamp": window} for line, window in zip(lines, windows, strict=True)]
+    write_predictions(annotations, rows)
+    given = [{"qid": f"q{i}", "pred": [window]} for i, window in enumerate(([2, 2], [4, 6], [0, 2], [1, 3]))]
+    path = write_predictions(tmp_path / "given.jsonl", given)
+    main(["--predictions", str(path), "--annotations", str(annotations), "--output_dir", str(tmp_path / "eval")])
+    found = metrics(tmp_path / "eval")
+    assert (found["counts"]["num_samples"], found["counts"]["num_bad_rows"]) == (4, 0)
+    assert found["averages"]["mIoU"] == 100 * (0 + 0 + 0.5 + 1) / 4 and found["averages"]["R1@0.5"] == 50.0
+    assert [record["gt"] for record in predictions(tmp_path / "eval")] == [[window] for window in windows]
+    said = "3 of 4 labelled rows have a window that does not start before it ends or starts before 0"
+    assert said in capsys.readouterr().err
+    rows[0]["duration"] = -1  # still a bad row
+    write_predictions(annotations, rows)
+    with pytest.raises(UserError, match="1 of 4 annotation rows are bad .*1 bad_duration"):
+        main(["--predictions", str(path), "--annotations", str(annotations)])
 
 
 def test_a_file_without_labels_is_refused(command: list[str], annotations: Path) -> None:

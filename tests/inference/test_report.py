@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,80 @@ def test_figures_say_what_they_show(evaluation_runs: EvaluationRuns) -> None:
     assert "median start offset +0.10 s, median end offset +0.10 s" in found["offsets"].summary
     bars = found["iou"].figure(LIGHT).axes[0].patches[:20]
     assert sum(bar.get_height() for bar in bars) == pytest.approx(100)  # type: ignore[attr-defined]
+
+
+def evaluated(annotations: Path, folder: Path, windows: Callable[[float, float], Any], *flags: str) -> Path:
+    """The folder of an evaluation of answers made from the labels by `windows(start, end)`."""
+    from inference.evaluate import main as evaluate_main
+
+    answers = folder / "answers.jsonl"
+    rows = read_rows(annotations)[0]
+    made = ({"qid": r.kwargs["qid"], "pred": [windows(*window) for window in r.timestamp or ()]} for r in rows)
+    answers.write_text("".join(json.dumps(answer) + "\n" for answer in made))
+    run = folder / "run"
+    asked = ["--predictions", str(answers), "--annotations", str(annotations), "--output_dir", str(run)]
+    evaluate_main([*asked, "--trust_units", *flags])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("windows", "names"),
+    [
+        (lambda s, e: [s, s], ["recall", "iou", "offsets", "duration", "position"]),  # a model that has collapsed
+        (lambda s, e: [1e300, 1.7e308], ["recall", "iou", "offsets", "lengths", "duration", "position"]),
+    ],
+)
+def test_figures_of_windows_that_are_none(
+    windows: Any, names: list[str], evaluation_runs: EvaluationRuns, tmp_path: Path
+) -> None:
+    run = evaluated(evaluation_runs.annotations, tmp_path, windows)
+    main(["--run", str(run)])
+    drawn = {path.name for path in (run / "report" / "figures").iterdir()}
+    assert drawn == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
+
+
+def words_of(axis: Any) -> list[str]:
+    """The labels of a drawn axis, which are apart from each other."""
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = sorted((tick for tick in ticks if low <= tick.get_loc() <= high), key=lambda tick: tick.get_loc())
+    words = [tick.label1 for tick in shown if tick.label1.get_text()]
+    boxes = [label.get_window_extent() for label in words]
+    assert all(before.x1 < after.x0 for before, after in zip(boxes, boxes[1:], strict=False))
+    return [label.get_text() for label in words]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("duration", (20, 45, 200, 700), ["20", "50", "100", "200", "500"]),
+        ("duration", (2, 45, 200, 3600), ["10", "100", "1000"]),
+        ("lengths", (2, 3, 10, 60), ["2", "5", "10", "20", "50"]),
+        ("lengths", (0.0002, 3, 10, 60), ["0.001", "0.01", "0.1", "1", "10"]),
+    ],
+)
+def test_labels_of_logarithmic_axes_are_apart(
+    name: str, values: Any, words: list[str], evaluation_runs: EvaluationRuns
+) -> None:
+    evaluation = read_evaluation(evaluation_runs.better, "--run")
+    row = evaluation.rows["q0"]
+    rows = {
+        str(value): replace(row, record={**row.record, "duration": value}, lengths_s=(value, 3.0)) for value in values
+    }
+    found = {picture.name: picture for picture in pictures(replace(evaluation, rows=rows), None)}
+    figure = found[name].figure(LIGHT)
+    figure.canvas.draw()
+    assert words_of(figure.axes[0].xaxis) == words
+
+
+def test_lengths_are_those_of_the_protocol(evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
+    """TimeLens rounds what is predicted, never a label."""
+    flags = ("--protocol", "timelens")
+    run = evaluated(evaluation_runs.annotations, tmp_path, lambda s, e: [s + 0.4, e + 0.6], *flags)
+    judged = read_evaluation(run, "--run").rows["q0"]
+    start, end = judged.record["gt"][0]
+    rounded = round(end + 0.6) - round(start + 0.4)
+    assert judged.lengths_s == (rounded, end - start) and rounded != pytest.approx(end - start + 0.2)
 
 
 # ---- two evaluations

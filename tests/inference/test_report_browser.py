@@ -367,6 +367,39 @@ def test_a_phone_has_no_sideways_scroll(name: str, width: int, visit: Any) -> No
     assert not page.is_visible("#player")
 
 
+def test_long_names_of_runs_widen_nothing(browser: Browser, evaluation_runs: EvaluationRuns, tmp_path: Path) -> None:
+    runs = [tmp_path / f"{'qwen3vl_4b_charades_lora64_lr1e-4_' * 2}{name}" for name in ("one", "two")]
+    for run, source in zip(runs, (evaluation_runs.better, evaluation_runs.worse), strict=True):
+        shutil.copytree(source, run)
+    main(["--run", str(runs[0]), "--vs", str(runs[1]), "--output", str(tmp_path / "report")])
+    for width, settings in ((320, PHONE), (1280, {})):
+        page = browser.new_page(**settings | {"viewport": {"width": width, "height": 800}})
+        page.goto((tmp_path / "report" / "index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.click("tr[data-qid='q1'] .open")
+        dialog = page.evaluate("[document.getElementById('player')].map(e => [e.scrollWidth, e.clientWidth])[0]")
+        assert dialog[0] == dialog[1]
+        page.close()
+
+
+def test_times_under_the_seek_bar_never_overlap(visit: Any) -> None:
+    page = visit("alone", **PHONE)
+    page.tap("tr[data-qid='q6'] .open")
+    page.wait_for_function("() => document.getElementById('video').readyState > 1")
+    page.keyboard.press("Home")
+    hidden = set()
+    for _ in range(9):
+        boxes = page.evaluate(
+            "['seek-start', 'seek-now', 'seek-end'].map(id => document.getElementById(id))"
+            ".filter(e => getComputedStyle(e).visibility === 'visible').map(e => e.getBoundingClientRect())"
+            ".map(box => [box.left, box.right])"
+        )
+        assert all(before[1] < after[0] for before, after in zip(boxes, boxes[1:], strict=False)), boxes
+        hidden.add(len(boxes))
+        page.keyboard.press("ArrowRight")
+    assert hidden == {2, 3}
+
+
 def test_everything_has_a_name(visit: Any) -> None:
     page = visit("paired")
     page.click("tr[data-qid='q3'] .open")

@@ -229,8 +229,9 @@ def test_several_at_once_share_the_work(overrides: list[str], tmp_path: Path) ->
 
 
 def test_rows_outside_the_root_are_not_opened(
-    demo_data: Path, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    fill: Callable[..., int], demo_data: Path, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """A link that leaves data.videos_root is a fault by name; its target is never read."""
     (tmp_path / "root").mkdir()
     (tmp_path / "root/link.mp4").symlink_to(demo_data / "videos/train/000000.mp4")
@@ -241,3 +242,5 @@ def test_rows_outside_the_root_are_not_opened(
     (clip,) = clips_of(data, ["train"])
     outcome = cache_frames.ClipsToFill([clip], ClipReader(data), verify=False)[0]
     assert outcome.fault is not None and "lies outside data.videos_root" in outcome.fault
+    assert fill(f"data.videos_root={tmp_path / 'root'}") == 1
+    assert counts(capsys.readouterr().out) == (1, 1, 0, 0, 0, 1)  # none decoded: it was not tried

@@ -192,6 +192,23 @@ def test_an_export_that_another_program_changed(tmp_path: Path, monkeypatch: pyt
     assert rows[0]["kwargs"]["conversation"]["messages"][1]["content"] == "From 50 to 60 seconds."
 
 
+@pytest.mark.parametrize(("style", "source"), [("ms_swift", FOREIGN[0]), ("llama_factory", LLAMA)])
+def test_a_conversation_of_others_that_was_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str, source: JsonObject
+) -> None:
+    """Its rows stay those that were written, and say that it tells another story now."""
+    monkeypatch.chdir(tmp_path)
+    before = convert("conversations", save(Path("sft.jsonl"), [source]), Path("rows.jsonl"))
+    convert("rows", Path("rows.jsonl"), Path("again.jsonl"), "--to", style)
+    text = Path("again.jsonl").read_text()
+    assert text.count(" 3.2 ") == 1
+    save(Path("again.jsonl"), text.replace(" 3.2 ", " 1.0 "))
+    rows = convert("conversations", Path("again.jsonl"), Path("rows2.jsonl"))
+    assert [row["timestamp"] for row in rows] == [row["timestamp"] for row in before]
+    assert quirks(rows) == [["differing_rows"]] * len(before)
+    assert " 1.0 " in json.dumps(rows[0]["kwargs"]["conversation"])
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

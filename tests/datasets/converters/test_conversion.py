@@ -230,7 +230,9 @@ def test_the_file_settles_whether_it_is_cut(tmp_path: Path) -> None:
         ("tvgbench", "tvgbench.json", '[{"answer": "about five"}]', "--dataset right?"),
         ("tacos", "somefile.json", "{}", "does not tell the split; give --split train|val|test"),
         ("charadessta", "a.txt", "", "did you mean charades_sta?"),
-        ("no.such.module:Name", "a.txt", "", "cannot be imported"),
+        ("no.such.module:Name", "a.txt", "", "cannot be imported: No module named 'no'. It must read"),
+        (":Name", "a.txt", "", "PYTHONPATH=FOLDER adds the folder of yours"),
+        (".relative:Name", "a.txt", "", "cannot be imported: '.relative' is no module's full name"),
         ("json:JSONDecoder", "a.txt", "", "must be a subclass of datasets.converters.Converter"),
     ],
 )
@@ -273,6 +275,12 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this is the input"):
         run("rows", source, source)
     assert read(source) == [{"video": "a.mp4"}]
+    source = activitynet(tmp_path / "released/val_1.json", ([0, 2], "One."))
+    before = source.read_text()
+    for options in ([source], [tmp_path / "out.jsonl", "--report", str(source)]):
+        with pytest.raises(UserError, match="this is the input"):
+            run("activitynet_captions", source.parent, *options, "--skip_videos")
+    assert source.read_text() == before
 
 
 def test_a_folder_is_searched_for_the_released_files(tmp_path: Path) -> None:
