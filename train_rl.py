@@ -38,7 +38,7 @@ def main() -> int:
         __doc__, sections="model, lora, rewards and training", starts_from="SFT checkpoint to start from"
     ).parse_intermixed_args()
     config = training_config(RLConfig, args)
-    reward = CompositeReward(config.rewards)
+    reward = CompositeReward(config.rewards_for_prompt)
     rates = LearningRates.from_training(config.training)
     setup_logging()
     require_annotations(config.data)  # at once, before anything is written or loaded

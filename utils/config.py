@@ -338,6 +338,15 @@ class RLConfig(StrictModel):
     them, which knows the names. Whoever names any replaces the default two."""
     training: SerializeAsAny[RLTrainingConfig] = RLTrainingConfig()
 
+    @property
+    def rewards_for_prompt(self) -> dict[str, RewardTerms]:
+        """`rewards`, where the one for format asks for the form that the prompt asks for, unless it says `thinking`
+        itself (null takes either)."""
+        terms = dict(self.rewards)
+        if "format" in terms:
+            terms["format"] = {"thinking": self.prompt.thinking, **terms["format"]}
+        return terms
+
     def rules(self) -> Iterable[Broken]:
         """Rules between sections."""
         yield from _between_sections(self.lora, self.data, self.training)

@@ -89,6 +89,21 @@ def test_shipped_file_names_every_reward_and_they_can_be_built() -> None:
     assert CompositeReward(rewards).weights == {"temporal_iou": 1.0, "format": 0.1}
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_format_is_that_of_the_prompt_unless_it_says_itself(thinking: bool) -> None:
+    plain, thought = "From 1.0 to 2.0 seconds.", "<think>So.</think><answer>From 1.0 to 2.0 seconds.</answer>"
+
+    def earned(*overrides: str) -> list[float]:
+        config = load_config(RLConfig, [], [f"prompt.thinking={str(thinking).lower()}", *overrides])
+        reward = CompositeReward(config.rewards_for_prompt)
+        return reward.rewards["format"].compute_from_text([plain, thought], [(1.0, 2.0)] * 2).tolist()
+
+    assert earned() == [float(not thinking), float(thinking)]
+    assert earned("rewards.format.thinking=null") == [1.0, 1.0]
+    assert earned(f"rewards.format.thinking={str(not thinking).lower()}") == [float(thinking), float(not thinking)]
+    assert "format" not in load_config(RLConfig, [], ["rewards.temporal_iou.weight=1"]).rewards_for_prompt
+
+
 def test_the_documented_lora_block_is_taken() -> None:
     lora = load(
         "lora.r=64",
