@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from datasets.encoding import IGNORE, Sample
-from datasets.pixels import empty
 from utils.clip_reader import Reads
 
 Batch = dict[str, Any]
@@ -46,22 +45,15 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
     return out
 
 
-def join_patches(clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The patches of all clips, one after the other, float32; those of a single clip are not copied."""
-    if len(clips) == 1:
-        return clips[0]
-    return torch.cat(list(clips), out=empty((sum(map(len, clips)), clips[0].shape[1])))
-
-
 @dataclass(frozen=True)
 class VideoCollator:
     """Pads samples of `VideoTemporalDataset` into one batch.
 
     Training (`side="right"`): `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L), `logits_to_keep`
-    (K,), `pixel_values_videos` (all patches of all videos), `video_grid_thw` (B, 3). Generation (`side="left"`): the
-    same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the batch's good samples), `faults`
-    (`[(row number, reason), ...]`) and `reads` (the sum of the samples'). When every sample failed, `blank` keeps the
-    step alive with nothing to learn.
+    (K,), `video_grid_thw` (B, 3), `pixels` (of each clip; the model reads `datasets.pixels.pixel_values` of them).
+    Generation (`side="left"`): the same without `labels` and `logits_to_keep`. Always `indices` (row numbers of the
+    batch's good samples), `faults` (`[(row number, reason), ...]`) and `reads` (the sum of the samples'). When every
+    sample failed, `blank` keeps the step alive with nothing to learn.
     """
 
     pad_token_id: int
@@ -87,8 +79,8 @@ class VideoCollator:
             "input_ids": pad_rows(ids, self.pad_token_id, self.side),
             "attention_mask": pad_rows([torch.ones_like(row) for row in ids], 0, self.side),
             "mm_token_type_ids": pad_rows([sample["mm_token_type_ids"] for sample in samples], 0, self.side),
-            "pixel_values_videos": join_patches([sample["pixel_values_videos"] for sample in samples]),
             "video_grid_thw": torch.cat([sample["video_grid_thw"] for sample in samples]),
+            "pixels": [sample["pixels"] for sample in samples],
         }
         if "labels" in samples[0]:
             batch["labels"] = pad_rows([sample["labels"] for sample in samples], IGNORE, self.side)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from datasets.pixels import with_quick_pixels
+from datasets.pixels import VALUES, Pixels, patching_of, without_patches
 from utils.common import UserError
 from utils.logging_utils import get_logger
 from utils.video import VideoClip
@@ -46,15 +46,17 @@ def require_plain_text(processor: Any, messages: Sequence[dict[str, Any]]) -> No
 def encode_prompt(processor: Any, messages: Sequence[dict[str, Any]], clip: VideoClip) -> Sample:
     """Tokenise `messages` with `clip` in the place of their video part, up to where the answer begins.
 
-    Returns `input_ids` (L,), `mm_token_type_ids` (L,), `pixel_values_videos` (patches, patch_dim) and
-    `video_grid_thw` (1, 3). Raises PromptError for a text with special tokens.
+    Returns `input_ids` (L,), `mm_token_type_ids` (L,), `video_grid_thw` (1, 3) and `pixels`, a
+    `datasets.pixels.Pixels`: `pixel_values` makes of it what the model reads. Raises PromptError for a text with
+    special tokens.
     """
     require_plain_text(processor, messages)
     text = processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
-    inputs = with_quick_pixels(processor)(
+    frames = torch.from_numpy(clip.frames)
+    patching = patching_of(processor)
+    inputs = (processor if patching is None else without_patches(processor, patching))(
         text=[text],
-        videos=[frames],
+        videos=[frames.permute(0, 3, 1, 2)],  # (T, H, W, 3) -> (T, 3, H, W)
         video_metadata=[clip.metadata()],
         do_sample_frames=False,
         do_resize=False,
@@ -65,8 +67,8 @@ def encode_prompt(processor: Any, messages: Sequence[dict[str, Any]], clip: Vide
     return {
         "input_ids": inputs["input_ids"][0],
         "mm_token_type_ids": inputs["mm_token_type_ids"][0],
-        "pixel_values_videos": inputs["pixel_values_videos"],
         "video_grid_thw": inputs["video_grid_thw"],
+        "pixels": Pixels(inputs[VALUES]) if patching is None else Pixels(frames, patching),
     }
 
 

@@ -1,111 +1,189 @@
-"""Frames -> the patches that the vision tower reads: the video processor's own numbers in one pass over memory.
+"""Frames -> the patches that the vision tower reads: the video processor's own numbers, made where the model is.
 
-The stock processor walks five times over the float32 pixels of a clip (150 to 190 MB at the default budget), and each
-walk but the normalisation takes fresh memory from the system, page by page. Here bytes are put in patch order, turned
-to float32 and normalised while they are in the CPU's cache, and written once. Whatever this file does not know (float
-frames, resizing, several videos, another processor class) is left to the stock code.
+The stock processor walks five times over the float32 pixels of a clip (150 to 190 MB at the default budget), each walk
+but the normalisation in memory fresh from the system, and a data worker then hands all of it to the training process.
+Here a sample holds its clip as uint8 frames, a quarter of that and often a map of the cache's file (`Pixels`).
+`pixel_values` cuts and normalises them in one pass, on the model's device. Whatever this file does not know (another
+processor class, odd settings, arithmetic that is not the stock code's) is left to the stock processor; the sample then
+holds what it gave.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
 import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BatchFeature
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+VALUES = "pixel_values_videos"
+"""The model's name for what it reads: float32 (patches, patch_dim), the patches of all clips one after the other."""
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 _HUGE_PAGES_FROM = 4 * _HUGE_PAGE_BYTES
 """Smaller tensors come from the allocator, which hands memory out again without asking the system."""
 
 
-def with_quick_pixels(processor: Any) -> Any:
-    """A processor with the settings of `processor` and the same output, whose video processor is quick; `processor`
-    itself where its video processor is not the stock class. `processor` is left as it is."""
-    if type(processor.video_processor) is not Qwen3VLVideoProcessor:
-        return processor
+# ---------------------------------------------------------------------------------------------- what a sample holds
+@dataclass(frozen=True)
+class Patching:
+    """How a video processor makes patches of uint8 frames at their final size."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    mean: tuple[float, ...]
+    """Subtracted from the bytes of each channel: float32 values."""
+    std: tuple[float, ...]
+    """What they are then divided by."""
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return len(self.mean) * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, shape: Sequence[int]) -> list[int]:
+        """[t, h, w] in patches, of frames (T, H, W, C). Raises ValueError where they cannot be divided."""
+        num_frames, height, width, channels = shape
+        if height % (side := self.patch_size * self.merge_size) or width % side or channels != len(self.mean):
+            raise ValueError(f"frames of {height} x {width} x {channels} are no whole blocks of {side} x {side}")
+        return [math.ceil(num_frames / self.temporal_patch_size), height // self.patch_size, width // self.patch_size]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of one clip on their way to the model; `pixel_values` makes of them what it reads."""
+
+    source: Tensor
+    """uint8 frames (T, H, W, C), or float32 patches (patches, patch_dim) where `patching` is None."""
+    patching: Patching | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of what the model reads: (patches, patch_dim)."""
+        if self.patching is None:
+            return self.source.shape[0], self.source.shape[1]
+        return math.prod(self.patching.grid(self.source.shape)), self.patching.patch_dim
+
+    def pin_memory(self) -> Pixels:
+        """A copy that a GPU takes without waiting; a `DataLoader` with `pin_memory` asks for it."""
+        return replace(self, source=self.source.pin_memory())
+
+    def write(self, target: Tensor) -> None:
+        """Write the patches to `target`, float32 (patches, patch_dim), on its device."""
+        source = self.source.to(target.device, non_blocking=True)
+        if self.patching is None:
+            target.copy_(source)
+        else:
+            cut_patches(source, self.patching, target, at_once=target.device.type != "cpu")
+
+
+def pixel_values(clips: Sequence[Pixels], device: torch.device | str = "cpu") -> Tensor:
+    """What the vision tower reads of `clips`, one after the other: float32 (patches, patch_dim) on `device`.
+
+    Bit for bit what the stock video processor gives for the same frames.
+    """
+    if len(clips) == 1 and clips[0].patching is None:
+        return clips[0].source.to(device)
+    counts = [clip.shape[0] for clip in clips]
+    values = empty((sum(counts), clips[0].shape[1]), torch.device(device))
+    for clip, target in zip(clips, values.split(counts), strict=True):
+        clip.write(target)
+    return values
+
+
+def with_pixel_values(inputs: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A sample or a batch with `pixel_values_videos` on `device` in place of its `pixels`."""
+    rest, pixels = dict(inputs), inputs["pixels"]
+    del rest["pixels"]
+    return rest | {VALUES: pixel_values([pixels] if isinstance(pixels, Pixels) else pixels, device)}
+
+
+def blinded(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of whose videos the model reads zeros, and all else as it is: times, questions and answers."""
+    return {**batch, "pixels": [Pixels(torch.zeros(clip.shape)) for clip in batch["pixels"]]}
+
+
+# ---------------------------------------------------------------------------------------------- the processor
+def patching_of(processor: Any) -> Patching | None:
+    """How `processor` makes patches; None where that is not known to the last bit."""
+    stock = processor.video_processor
+    if type(stock) is not Qwen3VLVideoProcessor or not (stock.do_rescale and stock.do_normalize):
+        return None
+    mean, std = stock.image_mean, stock.image_std
+    if not (isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std)):
+        return None
+    levels = _byte_levels(tuple(mean), tuple(std), stock.rescale_factor)
+    sizes = stock.patch_size, stock.temporal_patch_size, stock.merge_size
+    return None if levels is None else Patching(*sizes, *(tuple(level.tolist()) for level in levels))
+
+
+def without_patches(processor: Any, patching: Patching) -> Any:
+    """A processor with the settings of `processor` and the same tokens, which leaves the patches to `pixel_values`.
+    `processor` is left as it is."""
     quick = copy.copy(processor)
-    quick.video_processor = OnePassVideoProcessor.like(processor.video_processor)
+    quick.video_processor = _GridProcessor.__new__(_GridProcessor)
+    quick.video_processor.__dict__ = {**processor.video_processor.__dict__, "patching": patching}
     return quick
 
 
-class OnePassVideoProcessor(Qwen3VLVideoProcessor):
-    """A `Qwen3VLVideoProcessor` with the same output, bit for bit, several times sooner for one clip of uint8 frames
-    at its final size."""
+class _GridProcessor(Qwen3VLVideoProcessor):
+    """A `Qwen3VLVideoProcessor` that gives the grid of each clip alone, which is all that the tokens depend on."""
 
-    @classmethod
-    def like(cls, stock: Qwen3VLVideoProcessor) -> OnePassVideoProcessor:
-        """One with the settings of `stock`, which it shares."""
-        made = cls.__new__(cls)
-        made.__dict__ = stock.__dict__
-        return made
+    patching: Patching
 
-    def _preprocess(self, videos: list[torch.Tensor], **settings: Any) -> BatchFeature:
-        levels = self._levels(settings)
-        if levels is None or len(videos) != 1 or videos[0].dtype != torch.uint8 or videos[0].shape[1] != len(levels[0]):
-            return super()._preprocess(videos, **settings)
-        sizes = {name: settings[name] for name in ("patch_size", "temporal_patch_size", "merge_size")}
-        patches, grid = cut_patches(videos[0], *levels, **sizes)
-        data = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
-        return BatchFeature(data=data, tensor_type=settings.get("return_tensors"))
-
-    def _levels(self, settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What is subtracted from a channel's bytes and what they are divided by; None where that is not all."""
-        if settings["do_resize"] or not (settings["do_rescale"] and settings["do_normalize"]):
-            return None
-        mean, std, factor = settings["image_mean"], settings["image_std"], settings["rescale_factor"]
-        if not (isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple))):
-            return None
-        return _byte_levels(tuple(mean), tuple(std), factor)
+    def _preprocess(self, videos: list[Tensor], **settings: Any) -> BatchFeature:
+        grids = [self.patching.grid(video.permute(0, 2, 3, 1).shape) for video in videos]
+        return BatchFeature({"video_grid_thw": torch.tensor(grids)}, tensor_type=settings.get("return_tensors"))
 
 
-def cut_patches(
-    frames: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    *,
-    patch_size: int,
-    temporal_patch_size: int,
-    merge_size: int,
-) -> tuple[torch.Tensor, list[int]]:
-    """`(frames - mean) / std` in patches, in the order of `Qwen3VLVideoProcessor.patchify`.
+# ---------------------------------------------------------------------------------------------- the arithmetic
+def cut_patches(frames: Tensor, patching: Patching, target: Tensor, *, at_once: bool) -> None:
+    """Write `(frames - mean) / std` in patches, in the order of `Qwen3VLVideoProcessor.patchify`.
 
     Args:
-        frames: uint8 (T, C, H, W), in any memory order; H and W are multiples of patch_size * merge_size.
-        mean: float32 (C,), in units of a byte.
-        std: the same.
-
-    Returns:
-        float32 (patches, C * temporal_patch_size * patch_size ** 2), and the grid [t, h, w] in patches.
+        frames: uint8 (T, H, W, C), in any memory order; H and W are multiples of patch_size * merge_size.
+        patching: as `patching_of` gives it.
+        target: float32 (patches, patch_dim), on the device of `frames`.
+        at_once: All blocks in one go, as suits a GPU, or row by row while they are in a CPU's cache.
     """
-    num_frames, channels, height, width = frames.shape
-    grid = [-(-num_frames // temporal_patch_size), height // patch_size, width // patch_size]
-    blocks = (grid[1] // merge_size, merge_size, patch_size, grid[2] // merge_size, merge_size, patch_size)
-    cell = (channels, temporal_patch_size, patch_size, patch_size)
-    patches = empty((grid[0] * grid[1] * grid[2], channels * temporal_patch_size * patch_size**2))
-    rows = patches.view(grid[0], blocks[0], blocks[3], merge_size, merge_size, *cell)
-    levels = [level.view(channels, 1, 1, 1) for level in (mean, std)]
-    for time in range(grid[0]):
-        few = frames[time * temporal_patch_size : (time + 1) * temporal_patch_size]
-        if short := temporal_patch_size - len(few):
-            few = torch.cat([few, few[-1:].expand(short, -1, -1, -1)])  # the last frame stands for those that lack
-        planes = few.contiguous().view(temporal_patch_size, channels, *blocks).permute(2, 5, 3, 6, 1, 0, 4, 7)
-        for row, source in zip(rows[time], planes, strict=True):  # a row of blocks stays in the CPU's cache
-            row.copy_(source).sub_(levels[0]).div_(levels[1])
-    return patches, grid
+    grid, side, steps = patching.grid(frames.shape), patching.patch_size, patching.temporal_patch_size
+    if short := -len(frames) % steps:
+        frames = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)])  # the last one stands for those that lack
+    merge = patching.merge_size
+    blocks = (grid[1] // merge, merge, side, grid[2] // merge, merge, side)
+    rows = target.view(grid[0], blocks[0], blocks[3], merge, merge, len(patching.mean), steps, side, side)
+    mean, std = (torch.tensor(level, device=target.device).view(-1, 1, 1, 1) for level in (patching.mean, patching.std))
+    planes = frames.permute(0, 3, 1, 2)  # (T, C, H, W)
+    if at_once:
+        rows.copy_(_in_blocks(planes, steps, blocks)).sub_(mean).div_(std)
+        return
+    for row, few in zip(rows, planes.split(steps), strict=True):
+        for part, source in zip(row, _in_blocks(few.contiguous(), steps, blocks)[0], strict=True):
+            part.copy_(source).sub_(mean).div_(std)
 
 
-def empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised float32 tensor; a large one lies in huge pages where the system has them.
+def _in_blocks(planes: Tensor, steps: int, blocks: Sequence[int]) -> Tensor:
+    """A view of `planes` (T, C, H, W): (T / steps, rows, columns, merge, merge, C, steps, side, side)."""
+    split = planes.unflatten(3, blocks[3:]).unflatten(2, blocks[:3]).unflatten(0, (-1, steps))
+    return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+
+
+def empty(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """An uninitialised float32 tensor; a large one in the CPU's memory lies in huge pages where the system has them.
 
     Memory fresh from the system costs a page fault for each 4 KiB: ten times what it takes to write it.
     """
-    num_bytes = 4 * int(torch.Size(shape).numel())
-    if num_bytes < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape)
+    num_bytes = 4 * math.prod(shape)
+    if device.type != "cpu" or num_bytes < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, device=device)
     size = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -113,9 +191,7 @@ def empty(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _byte_levels(
-    mean: tuple[float, ...], std: tuple[float, ...], factor: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _byte_levels(mean: tuple[float, ...], std: tuple[float, ...], factor: float) -> tuple[Tensor, Tensor] | None:
     """Mean and deviation in units of a byte, (C,) each, if with them each of the 256 values a channel's byte can have
     becomes what the stock code makes of it; None if not."""
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, len(mean), 16, 16)

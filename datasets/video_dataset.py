@@ -49,10 +49,10 @@ def estimate_tokens(duration_s: float, budget: FrameBudget) -> tuple[int, int]:
 class VideoTemporalDataset(Dataset[Sample]):
     """Temporal grounding: one sample per labelled row.
 
-    `dataset[i]` gives `input_ids` (L,), `mm_token_type_ids` (L,), `pixel_values_videos`, `video_grid_thw` (1, 3),
-    `index`, for training `labels` (L,), and `reads`: what was decoded for it (`utils.clip_reader.Reads`). A video that
-    cannot be read gives `{"index": i, "fault": reason, "reads": ...}`, which the collator counts: it is never replaced
-    by a neighbour. `sample(i)` raises instead.
+    `dataset[i]` gives `input_ids` (L,), `mm_token_type_ids` (L,), `video_grid_thw` (1, 3), `pixels` (the clip's bytes:
+    the model reads `datasets.pixels.pixel_values` of them), `index`, for training `labels` (L,), and `reads`: what was
+    decoded for it (`utils.clip_reader.Reads`). A video that cannot be read gives `{"index": i, "fault": reason,
+    "reads": ...}`, which the collator counts: it is never replaced by a neighbour. `sample(i)` raises instead.
 
     To teach another task override `is_usable`, `question` and `answer`; `VideoQADataset` below is the example.
 

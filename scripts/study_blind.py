@@ -33,6 +33,7 @@ from tqdm import tqdm  # noqa: E402
 
 from datasets.collate_fns import Batch, VideoCollator  # noqa: E402
 from datasets.encoding import Sample  # noqa: E402
+from datasets.pixels import blinded  # noqa: E402
 from datasets.video_dataset import VideoTemporalDataset, require_annotations  # noqa: E402
 from scripts.demo_report import BATCH, answer, best_constant, render  # noqa: E402
 from trainers.model import load_for_inference, load_policy, load_processor, resolve_source  # noqa: E402
@@ -61,8 +62,7 @@ class BlindCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Collate, then blind."""
-        batch = self.collator(samples)
-        return {**batch, "pixel_values_videos": torch.zeros_like(batch["pixel_values_videos"])}
+        return blinded(self.collator(samples))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,10 +11,12 @@ import torch
 
 from datasets.collate_fns import Batch
 from datasets.encoding import IGNORE
+from datasets.pixels import VALUES, blinded, pixel_values
 from utils.clip_reader import Reads
 from utils.common import UserError
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
+MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw")
+"""Beside the pixels."""
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 BLINDNESS_RATIO = 100.0
 """Zeroed pixels must move the answer's log-probabilities this many times more than repeating the pass does."""
@@ -22,7 +24,7 @@ BLINDNESS_RATIO = 100.0
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """The part of a batch that the model takes, on `device`."""
-    return {key: batch[key].to(device) for key in MODEL_INPUTS}
+    return {key: batch[key].to(device) for key in MODEL_INPUTS} | {VALUES: pixel_values(batch["pixels"], device)}
 
 
 def vision_token_ids(processor: Any) -> list[int]:
@@ -109,7 +111,7 @@ def answer_rows(
     reads = Reads()
     for batch in loader:
         if blind:
-            batch = {**batch, "pixel_values_videos": torch.zeros_like(batch["pixel_values_videos"])}
+            batch = blinded(batch)
         answers = generate_texts(model, processor, batch, **generation)
         # A batch of faults only answers for the blank clip; it has no row number, so zip drops it.
         texts |= dict(zip(batch["indices"], answers, strict=False))
@@ -146,12 +148,12 @@ def video_effect(model: Any, batch: Batch) -> tuple[float, float]:
     labels, columns = batch["labels"].to(device), batch["logits_to_keep"].to(device)
 
     def log_probs(pixels: torch.Tensor) -> torch.Tensor:
-        logits = model(**{**inputs, "pixel_values_videos": pixels}, logits_to_keep=columns).logits
+        logits = model(**{**inputs, VALUES: pixels}, logits_to_keep=columns).logits
         return answer_log_probs(logits, labels, columns)
 
     was_training = model.training
     model.eval()
-    pixels = inputs["pixel_values_videos"]
+    pixels = inputs[VALUES]
     first, again, blind = log_probs(pixels), log_probs(pixels), log_probs(torch.zeros_like(pixels))
     model.train(was_training)
     return float((blind - first).abs().mean()), float((again - first).abs().mean())

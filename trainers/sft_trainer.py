@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from datasets.collate_fns import Batch, VideoCollator, answer_columns
 from datasets.encoding import IGNORE, Sample
+from datasets.pixels import with_pixel_values
 from datasets.samplers import EpochSampler
 from datasets.shared_video import SharedVideoDataset, Unit, UnitCollator, VideoSampler
 from datasets.video_dataset import VideoTemporalDataset
@@ -155,6 +156,7 @@ class VideoSFTTrainer(RunKeeper):
             num_tokens = inputs["input_ids"].numel()
         else:
             inputs.pop("indices")
+            inputs = with_pixel_values(inputs, inputs["input_ids"].device)
             num_samples, num_tokens = len(inputs["input_ids"]), int(inputs["attention_mask"].sum())
         self.speed.add(num_samples, num_tokens)
         # A key/value cache would be built for nothing, and is refused with a warning under gradient checkpointing.

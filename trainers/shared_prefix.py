@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, eager_attention_forward
 
+from datasets.pixels import pixel_values
 from trainers.generation import reset_rope
 from trainers.prefix_cache import CACHE, CachedPrefix, SharedPrefixCache
 from trainers.suffix_attention import SuffixRows, suffix_attention
@@ -56,7 +57,7 @@ class Prompt:
 def make_prompt(model: Any, sample: dict[str, Any]) -> Prompt:
     """A prompt from a sample of `VideoTemporalDataset(with_answer=False)`, with its positions, on the model's device.
 
-    `sample` has `input_ids` (P,), `mm_token_type_ids` (P,), `video_grid_thw` (1, 3) and `pixel_values_videos`.
+    `sample` has `input_ids` (P,), `mm_token_type_ids` (P,), `video_grid_thw` (1, 3) and `pixels`.
     """
     device = next(model.parameters()).device
     ids, kinds = sample["input_ids"].to(device), sample["mm_token_type_ids"].to(device)
@@ -64,7 +65,7 @@ def make_prompt(model: Any, sample: dict[str, Any]) -> Prompt:
     positions, _ = backbone_of(model).get_rope_index(
         ids[None], mm_token_type_ids=kinds[None], video_grid_thw=grid, attention_mask=torch.ones_like(ids[None])
     )
-    return Prompt(ids, kinds, positions[:, 0], grid, sample["pixel_values_videos"].to(device))
+    return Prompt(ids, kinds, positions[:, 0], grid, pixel_values([sample["pixels"]], device))
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ Clips of noise that moves, 30 frames a second, H.264; every way reads the same f
 byte of them (`data_ways`). The ways take turns within every repeat. Three states:
 
     warm         the file, or the cache's entry, has just been read: what later epochs see
-    first_touch  its pages were dropped from memory before (`posix_fadvise`), so it comes from the disk; the decoders,
-                 whose time it hardly changes, are measured once
+    first_touch  its pages were dropped from memory before (`posix_fadvise`), so it comes from the disk
     cold         nothing is cached: the cache's reader decodes and keeps the clip; the others decode, as in "warm"
 
 Samples are counted as they come out of a `torch.utils.data.DataLoader` with one row in a batch, its workers already
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import encode_prompt
+from datasets.pixels import pixel_values
 from datasets.video_dataset import VideoTemporalDataset
 from scripts.benchmarks.common import check_options, surroundings, tell
 from scripts.benchmarks.data_ways import (
@@ -109,11 +109,9 @@ def measure_reading(work: Work, repeats: int) -> Taken:
     readers = {name: Reader(name) for name in READERS}
     assert checksum(readers["cache"](work)) == checksum(readers["cache"](work)) == work.sum, "the cache differs"
     taken: dict[str, dict[str, list[float]]] = {state: defaultdict(list) for state in STATES}
-    for turn in range(repeats):
+    for _ in range(repeats):
         for state, names in STATES.items():
             for name in names:
-                if (state, turn > 0) == ("first_touch", True) and name in PEERS:
-                    continue
                 if _prepare(state, work):
                     taken[state][name].append(elapsed(partial(_read, readers[name], work)))
     return {
@@ -176,12 +174,12 @@ def make_loader(dataset: Any, queries: VideoTemporalDataset, num_workers: int) -
 
 
 def read_through(loader: DataLoader[Batch]) -> tuple[int, int]:
-    """Sum every byte of every batch; how many bytes there were, and rows."""
+    """Sum every byte of what the model takes of every batch; how many bytes there were, and rows."""
     num_bytes = num_rows = 0
     for batch in loader:
         assert not batch["faults"], batch["faults"]
-        for name in ("input_ids", "labels", "pixel_values_videos"):
-            array = batch[name].numpy()
+        for tensor in (batch["input_ids"], batch["labels"], pixel_values(batch["pixels"])):
+            array = tensor.numpy()
             checksum(np.ascontiguousarray(array))
             num_bytes += array.nbytes
         num_rows += len(batch["input_ids"])
@@ -189,15 +187,18 @@ def read_through(loader: DataLoader[Batch]) -> tuple[int, int]:
 
 
 def measure_parts(work: Work, repeats: int) -> dict[str, float]:
-    """Median seconds of the parts of a sample in this process: reading it from the warm cache, and the processor's
-    work, own and as the others do it (float32 pixels, as `fetch_video` gives them)."""
+    """Median seconds of the parts of a sample in this process: reading it from the warm cache; the processor's work,
+    tokens ("encode") and what the model reads of the frames ("patches"); all of that work as the others do it (float32
+    pixels, as `fetch_video` gives them)."""
     processor, messages = demo_processor(), build_messages(PromptConfig(), all_sentences()[0])
     reader = ClipReader(work.data)
     clip = reader.read(work.path)
+    pixels = encode_prompt(processor, messages, clip)["pixels"]
     video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float().contiguous()
     parts = {
         "read": lambda: checksum(reader.read(work.path).frames),
         "encode": lambda: encode_prompt(processor, messages, clip),
+        "patches": lambda: pixel_values([pixels]),
         "encode_stock": lambda: encode_stock(processor, messages, video, clip.metadata()),
     }
     taken = defaultdict(list)
@@ -230,9 +231,14 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
         "loader_vs_qwen_vl_utils_by_workers": loader,
         "cold_vs_best_peer": min(total(times, "warm", peer) for peer in PEERS) / total(times, "cold", "cache"),
         "cold_vs_best_peer_worst_clip": min(cold.values()),
-        "processor_share": {name: part["encode"] / (part["read"] + part["encode"]) for name, part in parts.items()},
-        "encode_vs_stock": {name: part["encode_stock"] / part["encode"] for name, part in parts.items()},
+        "processor_share": {name: processing(part) / (part["read"] + processing(part)) for name, part in parts.items()},
+        "encode_vs_stock": {name: part["encode_stock"] / processing(part) for name, part in parts.items()},
     }
+
+
+def processing(parts: Mapping[str, float]) -> float:
+    """Seconds of the processor's own work on a sample."""
+    return parts["encode"] + parts["patches"]
 
 
 def total(times: Mapping[str, Taken], state: str, way: str) -> float:
@@ -277,7 +283,7 @@ def _loading_rows(record: Mapping[str, Any]) -> list[str]:
 
 
 def _part_rows(record: Mapping[str, Any]) -> list[str]:
-    rows = [_line("parts of a sample, s", ["read", "encode", "encode_stock", "share"])]
+    rows = [_line("parts of a sample, s", ["read", "encode", "patches", "encode_stock", "share"])]
     for clip, parts in record["parts"].items():
         cells = [f"{seconds:.4f}" for seconds in parts.values()]
         rows.append(_line(clip, [*cells, f"{100 * record['processor_share'][clip]:.0f} %"]))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from datasets.encoding import Sample, append_answer
+from datasets.pixels import VALUES, Pixels
 from datasets.video_dataset import VideoTemporalDataset
 from scripts.make_demo_data import all_sentences
 from utils.clip_reader import ClipReader
@@ -181,9 +182,8 @@ def encode_stock(processor: Any, messages: Any, video: torch.Tensor, metadata: d
         text=[text], videos=[video], video_metadata=[metadata], do_sample_frames=False, do_resize=False,
         cap_pixels_per_frame=True, return_tensors="pt",
     )  # fmt: skip
-    names = ("input_ids", "mm_token_type_ids")
-    kept = ("pixel_values_videos", "video_grid_thw")
-    return {name: inputs[name][0] for name in names} | {name: inputs[name] for name in kept}
+    rest = {"video_grid_thw": inputs["video_grid_thw"], "pixels": Pixels(inputs[VALUES])}
+    return {name: inputs[name][0] for name in ("input_ids", "mm_token_type_ids")} | rest
 
 
 def make_dataset(folder: Path, work: Work, num_rows: int, processor: Any) -> VideoTemporalDataset:

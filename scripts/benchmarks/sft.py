@@ -30,6 +30,7 @@ from torch import Tensor
 
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import IGNORE
+from datasets.pixels import with_pixel_values
 from datasets.shared_video import SharedVideoDataset, UnitCollator
 from datasets.video_dataset import VideoTemporalDataset
 from scripts.benchmarks.common import (
@@ -171,7 +172,7 @@ class Work:
         collate = VideoCollator(self.processor.tokenizer.pad_token_id, self.queries.blank())
         batch = collate([self.queries[index] for index in range(len(self.queries))])
         del batch["indices"], batch["faults"], batch["reads"]
-        return send_to_device(batch, self.cell.device)
+        return with_pixel_values(send_to_device(batch, self.cell.device), self.cell.device)
 
     def sizes(self) -> dict[str, Any]:
         """Tokens of the mean prompt, of its video and of the mean answer, and those that each way computes."""

@@ -1,4 +1,4 @@
-"""Patches made in one pass are the stock processor's, bit for bit; what is not known is left to it."""
+"""What the model reads of a sample is the stock processor's output, bit for bit; what is not known is left to it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from datasets import pixels
-from datasets.collate_fns import join_patches
 from datasets.encoding import encode_prompt
-from datasets.pixels import OnePassVideoProcessor, cut_patches, empty, with_quick_pixels
+from datasets.pixels import Pixels, cut_patches, empty, patching_of, pixel_values, with_pixel_values, without_patches
 from trainers.model import load_processor, resolve_source
 from utils.config import PromptConfig
 from utils.prompts import build_messages
@@ -49,37 +48,60 @@ def test_equal_to_the_stock_processor(processor: Any, shape: tuple[int, int, int
         processor.video_processor.image_mean = [0.48145466, 0.4578275, 0.40821073]
         processor.video_processor.image_std = [0.26862954, 0.26130258, 0.27577711]
     clip = some_clip(*shape)
-    found, wanted = encode_prompt(processor, build_messages(PromptConfig(), "x"), clip), stock_inputs(processor, clip)
+    sample, wanted = encode_prompt(processor, build_messages(PromptConfig(), "x"), clip), stock_inputs(processor, clip)
+    assert sample["pixels"].source.dtype == torch.uint8 and "pixel_values_videos" not in sample
+    assert sample["pixels"].shape == wanted["pixel_values_videos"].shape
+    found = with_pixel_values(sample)
     for name in ("pixel_values_videos", "video_grid_thw"):
         assert found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]), name
     for name in ("input_ids", "mm_token_type_ids"):
         assert torch.equal(found[name], wanted[name][0]), name
 
 
-def test_the_quick_way_is_taken_and_the_processor_is_left_alone(
-    processor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut, stock, before = [], processor.video_processor, dict(processor.video_processor.__dict__)
-    real = cut_patches
-    monkeypatch.setattr(pixels, "cut_patches", lambda *args, **sizes: cut.append(sizes) or real(*args, **sizes))
-    encode_prompt(processor, build_messages(PromptConfig(), "x"), some_clip(4, 32, 32))
-    assert cut == [{"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}]
+def test_all_blocks_at_once_are_the_same(processor: Any) -> None:
+    """What a GPU computes, here on the CPU."""
+    patching = patching_of(processor)
+    assert patching is not None
+    frames = torch.from_numpy(some_clip(7, 96, 64).frames)
+    wanted, found = pixel_values([Pixels(frames, patching)]), torch.full((96, 1536), torch.nan)
+    cut_patches(frames, patching, found, at_once=True)
+    assert torch.equal(found, wanted)
+
+
+def test_the_frames_are_not_copied_and_the_processor_is_left_alone(processor: Any) -> None:
+    stock, before = processor.video_processor, dict(processor.video_processor.__dict__)
+    clip = some_clip(4, 32, 32)
+    sample = encode_prompt(processor, build_messages(PromptConfig(), "x"), clip)
+    assert sample["pixels"].source.data_ptr() == clip.frames.ctypes.data
     assert processor.video_processor is stock and stock.__dict__ == before
 
 
-@pytest.mark.parametrize("case", ["float frames", "two clips", "resizing", "no normalising"])
-def test_what_is_not_known_is_left_to_the_stock_code(
-    processor: Any, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    monkeypatch.setattr(pixels, "cut_patches", lambda *_args, **_sizes: pytest.fail("not for this"))
-    frames = torch.from_numpy(some_clip(4, 64, 64).frames).permute(0, 3, 1, 2)
-    videos = {"float frames": [frames.float()], "two clips": [frames, frames]}.get(case, [frames])
-    options = {"do_sample_frames": False, "cap_pixels_per_frame": True, "do_resize": case == "resizing"}
-    options["do_normalize"] = case != "no normalising"
-    quick, stock = OnePassVideoProcessor.like(processor.video_processor), processor.video_processor
-    found, wanted = (one(videos=videos, return_tensors="pt", **options) for one in (quick, stock))
-    assert torch.equal(found["pixel_values_videos"], wanted["pixel_values_videos"])
-    assert torch.equal(found["video_grid_thw"], wanted["video_grid_thw"])
+@pytest.mark.parametrize("case", ["another class", "no normalising", "no rescaling", "one mean for all"])
+def test_what_is_not_known_is_left_to_the_stock_code(processor: Any, case: str) -> None:
+    class Own(type(processor.video_processor)):  # type: ignore[misc]
+        pass
+
+    other = copy.deepcopy(processor)
+    if case == "another class":
+        other.video_processor.__class__ = Own
+    elif case == "one mean for all":
+        other.video_processor.image_mean = other.video_processor.image_std = 0.25
+    else:
+        setattr(other.video_processor, {"no normalising": "do_normalize", "no rescaling": "do_rescale"}[case], False)
+    assert patching_of(other) is None
+    clip = some_clip(3, 64, 32)
+    sample, wanted = encode_prompt(other, build_messages(PromptConfig(), "x"), clip), stock_inputs(other, clip)
+    assert sample["pixels"].patching is None
+    assert torch.equal(pixel_values([sample["pixels"]]), wanted["pixel_values_videos"].float())
+
+
+def test_frames_that_cannot_be_divided_are_refused(processor: Any) -> None:
+    patching = patching_of(processor)
+    assert patching is not None
+    with pytest.raises(ValueError, match="frames of 48 x 32 x 3 are no whole blocks of 32 x 32"):
+        without_patches(processor, patching).video_processor(
+            videos=[torch.zeros(2, 3, 48, 32, dtype=torch.uint8)], do_sample_frames=False, do_resize=False
+        )
 
 
 def test_arithmetic_that_is_not_the_stock_one_is_not_used(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,23 +114,28 @@ def test_arithmetic_that_is_not_the_stock_one_is_not_used(processor: Any, monkey
         pixels._byte_levels.cache_clear()
 
 
-def test_another_video_processor_is_used_as_it_is(processor: Any) -> None:
-    class Own(type(processor.video_processor)):  # type: ignore[misc]
-        pass
-
-    other = copy.copy(processor)
-    other.video_processor = Own()
-    assert with_quick_pixels(other) is other
-
-
 def test_huge_pages_are_plain_memory() -> None:
-    large = empty((3, 2**20 + 1))
+    large = empty((3, 2**20 + 1), torch.device("cpu"))
     assert large.shape == (3, 2**20 + 1) and large.dtype == torch.float32 and large.is_contiguous()
     large.fill_(2.0)
     assert float(large.double().sum()) == 2 * large.numel()
 
 
-def test_patches_of_several_clips_are_joined_and_those_of_one_are_not_copied() -> None:
-    clips = [torch.randn(2**11, 1536), torch.randn(3, 1536), torch.randn(2**10, 1536)]
-    assert torch.equal(join_patches(clips), torch.cat(clips))
-    assert join_patches(clips[:1]) is clips[0]
+def test_patches_of_several_clips_are_joined(processor: Any) -> None:
+    """Clips of different sizes, one of them by the stock code."""
+    patching = patching_of(processor)
+    frames = [torch.from_numpy(some_clip(*shape).frames) for shape in ((3, 32, 64), (20, 256, 288))]
+    ready = Pixels(torch.randn(5, 1536))
+    clips = [Pixels(frames[0], patching), ready, Pixels(frames[1], patching)]
+    wanted = torch.cat([pixel_values([clip]) for clip in clips])
+    assert torch.equal(pixel_values(clips), wanted)
+    assert pixel_values([ready]) is ready.source
+
+
+def test_a_worker_sends_a_clip_as_bytes(processor: Any) -> None:
+    """Through the pipe of a data loader: frames, how they are cut, and no float."""
+    sample = encode_prompt(processor, build_messages(PromptConfig(), "x"), some_clip(4, 64, 64))
+    loader = torch.utils.data.DataLoader([sample], batch_size=1, collate_fn=lambda rows: rows[0], num_workers=1)
+    (received,) = loader
+    assert received["pixels"].source.dtype == torch.uint8 and received["pixels"].patching == sample["pixels"].patching
+    assert torch.equal(pixel_values([received["pixels"]]), pixel_values([sample["pixels"]]))

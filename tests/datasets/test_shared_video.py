@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from datasets.encoding import IGNORE
+from datasets.pixels import pixel_values
 from datasets.shared_video import SharedQuestionDataset, SharedVideoDataset, UnitCollator, VideoSampler, share_clips
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
 from utils.config import DataConfig, PromptConfig
@@ -55,7 +56,7 @@ def assert_same_as_one_by_one(shared: SharedVideoDataset, indices: list[int]) ->
             assert torch.equal(torch.cat([prefix["input_ids"], tail, answer]), plain["input_ids"])
             assert torch.equal(plain["labels"][-len(answer) :], answer)
             assert (plain["labels"][: -len(answer)] == IGNORE).all()
-            assert torch.equal(prefix["pixel_values_videos"], plain["pixel_values_videos"])
+            assert torch.equal(pixel_values([prefix["pixels"]]), pixel_values([plain["pixels"]]))
             assert torch.equal(prefix["video_grid_thw"], plain["video_grid_thw"])
             assert not plain["mm_token_type_ids"][len(prefix["input_ids"]) :].any()
             assert int(prefix["input_ids"][-1]) == shared.queries.processor.vision_end_token_id
@@ -94,7 +95,7 @@ def test_an_overlong_prompt_loses_the_same_frames_for_all(dataset_for: DataFor) 
     shared = SharedVideoDataset(dataset_for(max_prompt_tokens=limit), 8)
     (unit,) = shared.__getitems__([0, 1])
     assert all(len(unit["prefix"]["input_ids"]) + len(tail) <= limit for tail in unit["tails"])
-    assert len(unit["prefix"]["pixel_values_videos"]) < len(whole[0]["pixel_values_videos"])
+    assert len(pixel_values([unit["prefix"]["pixels"]])) < len(pixel_values([whole[0]["pixels"]]))
 
 
 def test_another_task_shares_too(dataset_for: DataFor, demo_data: Path, tmp_path: Path) -> None:
@@ -226,4 +227,4 @@ def test_questions_without_answers(dataset_for: DataFor, demo_data: Path, tmp_pa
     for index, tail in zip(unit["indices"], unit["tails"], strict=True):
         plain = queries[index]
         assert torch.equal(torch.cat([unit["prefix"]["input_ids"], tail]), plain["input_ids"])
-        assert torch.equal(unit["prefix"]["pixel_values_videos"], plain["pixel_values_videos"])
+        assert torch.equal(pixel_values([unit["prefix"]["pixels"]]), pixel_values([plain["pixels"]]))

@@ -14,6 +14,7 @@ import torch
 
 from datasets.collate_fns import VideoCollator, answer_columns, pad_rows
 from datasets.encoding import IGNORE, PromptError, PromptTooLongError, encode_prompt, fit_prompt
+from datasets.pixels import pixel_values
 from datasets.video_dataset import VideoQADataset, VideoTemporalDataset
 from trainers.model import load_processor, resolve_source
 from utils.common import UserError
@@ -153,7 +154,7 @@ def test_collation_pads_right_to_train_and_left_to_generate(make_dataset: Callab
         assert torch.equal(batch["mm_token_type_ids"][1][kept], samples[1]["mm_token_type_ids"])
         assert batch["attention_mask"][1][0 if side == "left" else -1] == 0
         assert batch["video_grid_thw"].tolist() == [s["video_grid_thw"][0].tolist() for s in samples]
-        assert len(batch["pixel_values_videos"]) == int(batch["video_grid_thw"].prod(dim=1).sum())
+        assert len(pixel_values(batch["pixels"])) == int(batch["video_grid_thw"].prod(dim=1).sum())
         visual = int((batch["mm_token_type_ids"] != 0).sum())
         assert visual == int((batch["video_grid_thw"].prod(dim=1) // 4).sum())
         assert ("labels" in batch) is with_answer

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from datasets.encoding import encode_prompt
+from datasets.pixels import with_pixel_values
 from inference.export import export, main, make_plan, parse_args
 from inference.video_infer import VideoTemporalInference
 from tests import tiny
@@ -40,6 +41,12 @@ EXACT = 1e-5
 Logits = Callable[[Any], torch.Tensor]
 
 
+def model_inputs_of(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of one."""
+    ready = with_pixel_values(sample)
+    return {key: value[None] if value.ndim == 1 else value for key, value in ready.items()}
+
+
 @pytest.fixture(scope="module")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint with a head of its own, as 8B has."""
@@ -52,7 +59,7 @@ def logits_of(tiny_model: Path, demo_data: Path) -> Logits:
     processor = AutoProcessor.from_pretrained(tiny_model)
     clip = read_clip(demo_data / "videos/test/000000.mp4", DATA.budget, backend="pyav")
     sample = encode_prompt(processor, build_messages(PROMPT, "the red square appears"), clip)
-    inputs = {key: value[None] if value.ndim == 1 else value for key, value in sample.items()}
+    inputs = model_inputs_of(sample)
 
     def logits(model: Any) -> torch.Tensor:
         pixels = inputs["pixel_values_videos"].to(model.dtype)
@@ -307,7 +314,7 @@ def test_predictions_with_plain_transformers(
     def answer(video: str, query: str, model: Any, **options: Any) -> str:
         clip = read_clip(Path(video), DATA.budget, backend="pyav")
         sample = encode_prompt(processor, build_messages(PROMPT, query), clip)
-        inputs = {key: value[None] if value.ndim == 1 else value for key, value in sample.items()}
+        inputs = model_inputs_of(sample)
         ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         return processor.decode(ids, skip_special_tokens=True).strip()
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from datasets.encoding import encode_prompt, fit_prompt
+from datasets.pixels import pixel_values
 from inference.batching import read_items
 from inference.video_infer import VideoTemporalInference
 from trainers.generation import vision_token_ids
@@ -70,7 +71,7 @@ def stock_answer(model: Any, engine: VideoTemporalInference, item: tuple[Any, ..
     model.model.rope_deltas = None
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=sample["mm_token_type_ids"][None],
-        pixel_values_videos=sample["pixel_values_videos"], video_grid_thw=sample["video_grid_thw"],
+        pixel_values_videos=pixel_values([sample["pixels"]]), video_grid_thw=sample["video_grid_thw"],
         max_new_tokens=TOKENS, do_sample=False, suppress_tokens=vision_token_ids(engine.processor),
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import scripts.study_grpo as study
+from datasets.pixels import pixel_values
 from tests.trainers.test_shared_prefix import load
 from trainers.model import load_for_inference
 from utils.common import UserError
@@ -91,7 +92,8 @@ def test_entropy_is_that_of_the_stock_model(answering_model: Path, tiny_model: P
             answer = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
             ids = torch.cat([sample["input_ids"], answer])[None]
             kinds = torch.cat([sample["mm_token_type_ids"], torch.zeros_like(answer)])[None]
-            video = {key: sample[key] for key in ("pixel_values_videos", "video_grid_thw")}
+            pixels, grid = pixel_values([sample["pixels"]]), sample["video_grid_thw"]
+            video = {"pixel_values_videos": pixels, "video_grid_thw": grid}
             with torch.no_grad():
                 logits = stock(input_ids=ids, mm_token_type_ids=kinds, **video).logits[0, -len(answer) - 1 : -1]
             values += torch.distributions.Categorical(logits=logits / 0.5).entropy().tolist()

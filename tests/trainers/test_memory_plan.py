@@ -244,4 +244,4 @@ def test_batches_wait_for_their_pass_in_the_hosts_memory(
     assert super(VideoSFTTrainer, trainer).get_train_dataloader().device == torch.device("cpu")  # what it is else
     loader: Any = trainer.get_train_dataloader()
     assert loader.device is None
-    assert next(iter(loader))["pixel_values_videos"].ndim == 2
+    assert next(iter(loader))["pixels"][0].source.dtype == torch.uint8

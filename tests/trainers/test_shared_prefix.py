@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
+from datasets.pixels import pixel_values
 from datasets.video_dataset import VideoTemporalDataset
 from trainers.model import add_lora, load_processor, resolve_source
 from trainers.parts import LearningRates
@@ -75,7 +76,8 @@ def stock_log_probs(model: Any, sample: dict[str, Any], answer: Tensor) -> Tenso
     """(C,): the stock model on one row: prompt, completion and pixels."""
     ids = torch.cat([sample["input_ids"], answer])[None]
     kinds = torch.cat([sample["mm_token_type_ids"], torch.zeros_like(answer)])[None]
-    video = {key: sample[key] for key in ("pixel_values_videos", "video_grid_thw")}
+    pixels = pixel_values([sample["pixels"]], ids.device)
+    video = {"pixel_values_videos": pixels, "video_grid_thw": sample["video_grid_thw"]}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **video).logits
     scores = torch.log_softmax(logits[0, len(sample["input_ids"]) - 1 : -1].float(), -1)
     return scores.gather(-1, answer[:, None])[:, 0]
@@ -273,7 +275,7 @@ def test_greedy_tokens_equal_stock_generate(tiny_model: Path, samples: list[Any]
         alone = stock.generate(
             **{key: sample[key][None] for key in keys},
             attention_mask=torch.ones_like(sample["input_ids"])[None],
-            pixel_values_videos=sample["pixel_values_videos"],
+            pixel_values_videos=pixel_values([sample["pixels"]]),
             video_grid_thw=sample["video_grid_thw"],
             generation_config=config,
         )[0, len(sample["input_ids"]) :]

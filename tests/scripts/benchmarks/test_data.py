@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import scripts.benchmarks.data as bench
+from datasets.pixels import pixel_values
 from scripts.bench import parse_args
 from scripts.benchmarks.data import PEERS, READERS, make_loader, read_through, summary, table
 from scripts.benchmarks.data_ways import PeerSamples, Reader, Work, checksum, entries, make_dataset, make_work
@@ -99,10 +100,11 @@ def test_both_loaders_give_the_same_tokens_and_amounts(work: Work, tmp_path: Pat
     queries = make_dataset(tmp_path, work, 2, demo_processor())
     own, peer = queries[0], PeerSamples(queries)[0]
     assert torch.equal(own["input_ids"], peer["input_ids"]) and torch.equal(own["labels"], peer["labels"])
-    assert own["pixel_values_videos"].shape == peer["pixel_values_videos"].shape
+    values = pixel_values([own["pixels"]])
+    assert values.shape == pixel_values([peer["pixels"]]).shape
     assert own["video_grid_thw"].tolist() == peer["video_grid_thw"].tolist()
     sizes = [read_through(make_loader(dataset, queries, 0)) for dataset in (queries, PeerSamples(queries))]
-    tensors = [own[name] for name in ("input_ids", "labels", "pixel_values_videos")]
+    tensors = [own["input_ids"], own["labels"], values]
     assert sizes[0] == sizes[1] and sizes[0][1] == 2
     assert abs(sizes[0][0] / sum(tensor.numpy().nbytes for tensor in tensors) - 2) < 0.01
 
@@ -116,7 +118,7 @@ def test_ratios_are_of_the_time_for_all_clips() -> None:
     found = summary({
         "seconds": {"a": record_of(2.0, 1.0, 3.0, 0.01, 1.25), "b": record_of(10.0, 7.0, 6.0, 0.02, 8.0)},
         "samples_per_second": {"own": {"0": 12.0, "2": 20.0}, "qwen_vl_utils": {"0": 2.0, "2": 4.0}},
-        "parts": {"a": {"read": 0.01, "encode": 0.03, "encode_stock": 0.09}},
+        "parts": {"a": {"read": 0.01, "encode": 0.01, "patches": 0.02, "encode_stock": 0.09}},
     })  # fmt: skip
     assert found["cache_vs_decord"] == pytest.approx(12 / 0.03)
     assert found["cache_vs_decord_worst_clip"] == pytest.approx(200)

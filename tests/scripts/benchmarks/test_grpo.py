@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from datasets.pixels import pixel_values
 from scripts.benchmarks.common import check_options
 from scripts.benchmarks.grpo import LEAST, PHASES, compare, measure_times, table, update
 from scripts.benchmarks.grpo_ways import WAYS, Cell, StockWay, Work, _picked, make_way
@@ -72,7 +73,7 @@ def test_the_prompt_is_about_as_long_as_asked_for(wanted: int) -> None:
     assert abs(work.length - wanted) <= 36  # half a pair of frames with its marker
     per_pair = 60 if wanted >= 250 else 24
     assert work.num_visual % per_pair == 0 and work.num_visual > 0.5 * work.length
-    assert len(work.sample["pixel_values_videos"]) == 4 * work.num_visual
+    assert len(pixel_values([work.sample["pixels"]])) == 4 * work.num_visual
 
 
 def test_stock_gets_the_same_frames_as_images() -> None:
@@ -81,7 +82,7 @@ def test_stock_gets_the_same_frames_as_images() -> None:
     pairs = int(video["video_grid_thw"][0, 0])
     assert inputs["num_images"] == [pairs] * 4
     assert inputs["image_grid_thw"].tolist() == [[1, *video["video_grid_thw"][0, 1:].tolist()]] * (4 * pairs)
-    assert torch.equal(inputs["pixel_values"], video["pixel_values_videos"].repeat(4, 1))
+    assert torch.equal(inputs["pixel_values"], pixel_values([video["pixels"]]).repeat(4, 1))
     assert int((inputs["input_ids"] == work.stock.config.image_token_id).sum()) == 4 * work.num_visual
     assert not (inputs["input_ids"] == work.stock.config.video_token_id).any()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from datasets.encoding import IGNORE
+from datasets.pixels import pixel_values
 from scripts.benchmarks.common import check_options, take_turns
 from scripts.benchmarks.models import make_trainable
 from scripts.benchmarks.sft import LEAST, WAYS, Cell, Way, Work, compare, step, summary, table, timed
@@ -72,8 +73,8 @@ def test_rows_are_about_different_clips_and_differ_in_length() -> None:
     work = Work(SMALL(videos=2))
     samples = [work.queries[index] for index in range(6)]
     assert len({len(sample["input_ids"]) for sample in samples}) >= 3
-    assert torch.equal(samples[0]["pixel_values_videos"], samples[2]["pixel_values_videos"])
-    assert not torch.equal(samples[0]["pixel_values_videos"], samples[3]["pixel_values_videos"])
+    assert torch.equal(pixel_values([samples[0]["pixels"]]), pixel_values([samples[2]["pixels"]]))
+    assert not torch.equal(pixel_values([samples[0]["pixels"]]), pixel_values([samples[3]["pixels"]]))
     texts = work.processor.tokenizer.batch_decode([sample["labels"][sample["labels"] != IGNORE] for sample in samples])
     assert all(text.startswith("From ") and text.endswith(" seconds.<|im_end|>") for text in texts)
     assert len(set(texts)) > 1
