@@ -15,9 +15,11 @@ import functools
 import math
 import mmap
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature
@@ -26,6 +28,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 VALUES = "pixel_values_videos"
 """The model's name for what it reads: float32 (patches, patch_dim), the patches of all clips one after the other."""
 
+_THREADS_FROM = 2**21
+"""Values; fewer are cut sooner than threads are started."""
 _HUGE_PAGE_BYTES = 2 * 2**20
 _HUGE_PAGES_FROM = 4 * _HUGE_PAGE_BYTES
 """Smaller tensors come from the allocator, which hands memory out again without asking the system."""
@@ -82,7 +86,7 @@ class Pixels:
         if self.patching is None:
             target.copy_(source)
         else:
-            cut_patches(source, self.patching, target, at_once=target.device.type != "cpu")
+            cut_patches(source, self.patching, target)
 
 
 def pixel_values(clips: Sequence[Pixels], device: torch.device | str = "cpu") -> Tensor:
@@ -145,35 +149,59 @@ class _GridProcessor(Qwen3VLVideoProcessor):
 
 
 # ---------------------------------------------------------------------------------------------- the arithmetic
-def cut_patches(frames: Tensor, patching: Patching, target: Tensor, *, at_once: bool) -> None:
+def cut_patches(frames: Tensor, patching: Patching, target: Tensor) -> None:
     """Write `(frames - mean) / std` in patches, in the order of `Qwen3VLVideoProcessor.patchify`.
 
     Args:
         frames: uint8 (T, H, W, C), in any memory order; H and W are multiples of patch_size * merge_size.
         patching: as `patching_of` gives it.
-        target: float32 (patches, patch_dim), on the device of `frames`.
-        at_once: All blocks in one go, as suits a GPU, or row by row while they are in a CPU's cache.
+        target: float32 (patches, patch_dim), contiguous, on the device of `frames`.
     """
-    grid, side, steps = patching.grid(frames.shape), patching.patch_size, patching.temporal_patch_size
-    if short := -len(frames) % steps:
+    if short := -len(frames) % patching.temporal_patch_size:
         frames = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)])  # the last one stands for those that lack
-    merge = patching.merge_size
-    blocks = (grid[1] // merge, merge, side, grid[2] // merge, merge, side)
-    rows = target.view(grid[0], blocks[0], blocks[3], merge, merge, len(patching.mean), steps, side, side)
+    if target.device.type == "cpu":
+        _cut_by_block(frames.numpy(), patching, target.numpy())
+    else:
+        _cut_at_once(frames, patching, target)
+
+
+def _cut_at_once(frames: Tensor, patching: Patching, target: Tensor) -> None:
+    """As suits a GPU: all blocks in one kernel, twice over what it wrote."""
+    split, order, cell = _blocks(frames.shape, patching)
     mean, std = (torch.tensor(level, device=target.device).view(-1, 1, 1, 1) for level in (patching.mean, patching.std))
-    planes = frames.permute(0, 3, 1, 2)  # (T, C, H, W)
-    if at_once:
-        rows.copy_(_in_blocks(planes, steps, blocks)).sub_(mean).div_(std)
+    target.view(cell).copy_(frames.reshape(split).permute(order)).sub_(mean).div_(std)
+
+
+def _cut_by_block(frames: np.ndarray, patching: Patching, target: np.ndarray) -> None:
+    """As suits a CPU: a row of blocks is finished while it is in the cache. On as many threads as torch has, of our
+    own: those of torch wait for each other after each operation, and on cores that data workers use, for long."""
+    split, order, cell = _blocks(frames.shape, patching)
+    mean, std = (np.array(level, dtype=np.float32).reshape(-1, 1, 1, 1) for level in (patching.mean, patching.std))
+    steps = list(zip(target.reshape(cell), frames.reshape(split).transpose(order), strict=True))
+
+    def cut(step: tuple[np.ndarray, np.ndarray]) -> None:
+        for row, source in zip(*step, strict=True):
+            np.copyto(row, source)
+            np.subtract(row, mean, out=row)
+            np.divide(row, std, out=row)
+
+    num_threads = min(torch.get_num_threads(), len(steps))
+    if num_threads == 1 or target.size < _THREADS_FROM:
+        for step in steps:
+            cut(step)
         return
-    for row, few in zip(rows, planes.split(steps), strict=True):
-        for part, source in zip(row, _in_blocks(few.contiguous(), steps, blocks)[0], strict=True):
-            part.copy_(source).sub_(mean).div_(std)
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(cut, steps))
 
 
-def _in_blocks(planes: Tensor, steps: int, blocks: Sequence[int]) -> Tensor:
-    """A view of `planes` (T, C, H, W): (T / steps, rows, columns, merge, merge, C, steps, side, side)."""
-    split = planes.unflatten(3, blocks[3:]).unflatten(2, blocks[:3]).unflatten(0, (-1, steps))
-    return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+def _blocks(shape: Sequence[int], patching: Patching) -> tuple[list[int], list[int], list[int]]:
+    """How frames (T, H, W, C) are split, how the parts are put in order, and the shape that gives: (time, rows,
+    columns, merge, merge, C, steps, side, side)."""
+    (times, height, width), channels = patching.grid(shape), shape[3]
+    steps, merge, side = patching.temporal_patch_size, patching.merge_size, patching.patch_size
+    split = [times, steps, height // merge, merge, side, width // merge, merge, side, channels]
+    order = [0, 2, 5, 3, 6, 8, 1, 4, 7]
+    return split, order, [split[axis] for axis in order]
 
 
 def empty(shape: tuple[int, int], device: torch.device) -> Tensor:

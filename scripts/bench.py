@@ -91,7 +91,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=int, nargs="+", default=[30, 150], help="lengths of clips (%(default)s)")
     parser.add_argument("--fps", type=float, default=2.0, help="frames taken of a second (%(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", choices=range(9), default=[0, 1, 2], help="of the loader")
-    parser.add_argument("--rows", type=int, default=4, help="samples in a pass of the data loader (%(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="samples in a pass of the data loader (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the clips are kept (a temporary folder)")
     parser.add_argument("--memory", action="store_true", help="also memory over --decodes decodes in one worker")
     parser.add_argument("--decodes", type=int, default=2000, help="(%(default)s)")

@@ -220,7 +220,7 @@ class Work:
             precision=read_precision(model, self.args, deepspeed=False),
             trains=what_trains(model),
             clip=Clip(self.visual, self.length),
-            update=Update(sequence, cell.batch, scored, cell.batch, fused=cell.stage == "grpo"),
+            update=Update(sequence, cell.batch, scored, fused=cell.stage == "grpo"),
             checkpointing=cell.checkpointing,
         )
 

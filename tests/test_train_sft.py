@@ -118,7 +118,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(
     table = result.out[result.out.index("memory:      about 0.") : result.out.index("input_ids:")]
     assert "largest term: " in table and "validation cache" in table and "rollout" not in table
     terms = [line.split()[0] for line in table.splitlines()[2:-1]]
-    assert terms[:6] == ["weights", "optimizer", "inputs", "gradients", "activations", "one"]
+    assert terms[:6] == ["weights", "optimizer", "pixels", "gradients", "activations", "one"]
     assert result.out.count("--- learns: From ") == 2
     assert "<0.2 seconds><|vision_start|><|video_pad|>*2<|vision_end|><1.2 seconds>" in result.out
     assert not (tmp_path / "run").exists()

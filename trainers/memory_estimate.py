@@ -42,10 +42,9 @@ class Update:
     """That pass through the vision tower together."""
     scored: int
     """Positions that reach the output head."""
-    held: int
-    """Clips whose pixels lie on the GPU at once; for GRPO those of a whole generation batch."""
-    features_held: bool = False
-    """Whether what the frozen vision tower makes of them is kept beside them (GRPO with a shared prompt)."""
+    features_held: int = 0
+    """Clips of which what the frozen vision tower makes is kept: those of a generation batch of GRPO with a shared
+    prompt. Each passed through the tower alone."""
     accumulates: bool = True
     """Whether gradients of earlier passes are there already."""
     fused: bool = False
@@ -153,8 +152,6 @@ def estimate(job: Job) -> Estimate:
 def _constant_terms(job: Job) -> list[Term]:
     parameters, sharding, update = job.parameters, job.sharding, job.update
     frozen, trained = parameters.frozen_bytes / GB, parameters.trained_bytes / GB
-    each = _pixel_bytes(job) + _feature_bytes(job, 1) * update.features_held
-    what = "pixels and features" if update.features_held else "pixels"
     gathered = f", up to {sharding.max_live / 1e9:g} B elements gathered" if sharding.stage == 3 else ""
     return [
         Term(
@@ -165,7 +162,11 @@ def _constant_terms(job: Job) -> list[Term]:
         Term("reference", sharding.share(parameters.reference_bytes, 3), "frozen copy for the KL term"),
         Term("optimizer", memory.optimizer_bytes(parameters, sharding, job.optimizer), job.optimizer),
         Term("exchange", memory.exchange_bytes(parameters, sharding), "buckets of gradients between GPUs"),
-        Term("inputs", update.held * each, f"{what} of {update.held} clip(s), {job.clip.visual} visual tokens each"),
+        Term(
+            "features",
+            _feature_bytes(job, update.features_held),
+            f"of {update.features_held} clip(s), {job.clip.visual} visual tokens each",
+        ),
     ]
 
 
@@ -188,7 +189,9 @@ def _update_terms(job: Job) -> list[Term]:
     head = activations.head_work(text, precision, trains, update.scored, fused=update.fused) + _at_the_end(job)
     gradients = memory.gradient_bytes(job.parameters, job.sharding) + _waiting_gradient(job)
     what = "inputs of the layers" if checkpointing else "of all layers"
+    seen = "vision" if update.features_held else "update"
     return [
+        Term("pixels", clips * _pixel_bytes(job), f"of {clips} clip(s), {job.clip.visual} visual tokens each", seen),
         Term("gradients", gradients, "", "update"),
         Term("activations", kept, f"{what}, {update.sequence.tokens} tokens", "kept"),
         Term("one layer", work, "computed again, with its gradients" if checkpointing else "its gradients", "layer"),
@@ -220,10 +223,8 @@ def _answer_terms(job: Job) -> list[Term]:
         if answering is None:
             continue
         prefill = activations.prefill_work(job.shape.text, job.precision, answering)
-        if moment == "validation":  # its clips come on top of those of the update
-            prefill += answering.prompts * _pixel_bytes(job)
         if moment == "validation" or not job.update.features_held:
-            prefill += _feature_bytes(job, answering.prompts)
+            prefill += answering.prompts * _pixel_bytes(job) + _feature_bytes(job, answering.prompts)
         rows = f"{answering.prompts} prompt(s), {answering.answers} answers of {answering.new_tokens} tokens"
         cache = activations.cache_bytes(job.shape.text, job.precision, answering)
         terms.append(Term(f"{moment} cache", cache, f"keys and values of {rows}", moment))

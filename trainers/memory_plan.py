@@ -150,12 +150,12 @@ def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains,
     if isinstance(config, SFTConfig):
         if config.training.share_video:  # at worst, every row of a batch is on a clip of its own
             packed = activations.Sequence(size * (clip.tokens + clip.answer), "packed")
-            return Update(packed, size, size * clip.answer, size, accumulates=passes > 1)
+            return Update(packed, size, size * clip.answer, accumulates=passes > 1)
         sequence = _sequence(size, clip.tokens + clip.answer, padded)
         # Rows of other lengths have their answers in other columns, and every row computes the columns of all.
-        return Update(sequence, size, size * size * clip.answer, size, accumulates=passes > 1)
+        return Update(sequence, size, size * size * clip.answer, accumulates=passes > 1)
     new, group = config.training.max_completion_length, args.num_generations
-    groups, held = size // group, size * args.steps_per_generation // group
+    groups, prompts = size // group, size * args.steps_per_generation // group
     shared = config.training.share_prefix
     if shared:
         suffix = group * (new - 1)
@@ -166,8 +166,7 @@ def _update(config: SFTConfig | RLConfig, args: Any, clip: Clip, trains: Trains,
         sequence,
         clips=groups if shared else size,
         scored=size * new,
-        held=held,
-        features_held=shared and not (trains.mergers or trains.tower),
+        features_held=prompts if shared and not (trains.mergers or trains.tower) else 0,
         accumulates=passes > 1,
         fused=True,
     )

@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, eager_attention_forward
 
-from datasets.pixels import pixel_values
+from datasets.pixels import VALUES, Pixels, pixel_values
 from trainers.generation import reset_rope
 from trainers.prefix_cache import CACHE, CachedPrefix, SharedPrefixCache
 from trainers.suffix_attention import SuffixRows, suffix_attention
@@ -45,8 +45,8 @@ class Prompt:
     """(3, P): temporal, height and width positions."""
     video_grid_thw: Tensor
     """(1, 3)"""
-    pixel_values_videos: Tensor
-    """(patches, patch_dim)"""
+    pixels: Pixels
+    """Of its clip, in the host's memory until a pass needs them."""
     vision: Any = None
     """What the vision tower made of the pixels, when it was computed beforehand (`with_vision`)."""
 
@@ -65,7 +65,7 @@ def make_prompt(model: Any, sample: dict[str, Any]) -> Prompt:
     positions, _ = backbone_of(model).get_rope_index(
         ids[None], mm_token_type_ids=kinds[None], video_grid_thw=grid, attention_mask=torch.ones_like(ids[None])
     )
-    return Prompt(ids, kinds, positions[:, 0], grid, pixel_values([sample["pixels"]], device))
+    return Prompt(ids, kinds, positions[:, 0], grid, sample["pixels"])
 
 
 @torch.no_grad()
@@ -76,7 +76,9 @@ def with_vision(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
         replace(
             prompt,
             vision=backbone.get_video_features(
-                prompt.pixel_values_videos.to(backbone.visual.dtype), prompt.video_grid_thw, return_dict=True
+                pixel_values([prompt.pixels], prompt.input_ids.device).to(backbone.visual.dtype),
+                prompt.video_grid_thw,
+                return_dict=True,
             ),
         )
         for prompt in prompts
@@ -97,7 +99,7 @@ def video_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The model's video arguments for prompts in this order: the kept vision output if all have one, else pixels."""
     if any(prompt.vision is None for prompt in prompts):
         return {
-            "pixel_values_videos": torch.cat([prompt.pixel_values_videos for prompt in prompts]),
+            VALUES: pixel_values([prompt.pixels for prompt in prompts], prompts[0].input_ids.device),
             "video_grid_thw": torch.cat([prompt.video_grid_thw for prompt in prompts]),
         }
     outputs = [prompt.vision for prompt in prompts]

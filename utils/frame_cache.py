@@ -333,6 +333,11 @@ _checked: set[tuple[int, int, str]] = set()
 """Entries whose frames this process, or the one it was forked from, has checked."""
 
 
+def forget_checked() -> None:
+    """Check the frames of every entry again when it is next read, as a new process does."""
+    _checked.clear()
+
+
 def _check_frames(stored: StoredClip) -> None:
     if digest_of_frames(stored.clip.frames) != stored.frames_digest:
         raise DamagedClipError("its frames are changed")

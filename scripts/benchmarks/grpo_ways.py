@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
+from datasets.pixels import pixel_values
 from scripts.benchmarks.models import build_model, demo_processor, make_sample, make_trainable
 from trainers.generation import reset_rope, vision_token_ids
 from trainers.shared_prefix import (
@@ -186,7 +187,7 @@ def as_images(model: Any, prompts: Sequence[Prompt], num: int) -> dict[str, Any]
     return {
         "input_ids": ids.masked_fill(ids == config.video_token_id, config.image_token_id),
         "mm_token_type_ids": torch.stack([prompt.mm_token_type_ids for prompt in repeated]).clamp(max=1),
-        "pixel_values": torch.cat([prompt.pixel_values_videos for prompt in repeated]),
+        "pixel_values": pixel_values([prompt.pixels for prompt in repeated], repeated[0].input_ids.device),
         "image_grid_thw": torch.cat(images),
         "num_images": [len(image) for image in images],
     }

@@ -12,7 +12,7 @@ import torch
 
 from datasets import pixels
 from datasets.encoding import encode_prompt
-from datasets.pixels import Pixels, cut_patches, empty, patching_of, pixel_values, with_pixel_values, without_patches
+from datasets.pixels import Pixels, empty, patching_of, pixel_values, with_pixel_values, without_patches
 from trainers.model import load_processor, resolve_source
 from utils.config import PromptConfig
 from utils.prompts import build_messages
@@ -58,14 +58,16 @@ def test_equal_to_the_stock_processor(processor: Any, shape: tuple[int, int, int
         assert torch.equal(found[name], wanted[name][0]), name
 
 
-def test_all_blocks_at_once_are_the_same(processor: Any) -> None:
-    """What a GPU computes, here on the CPU."""
+def test_the_ways_of_a_gpu_and_of_threads_give_the_same(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     patching = patching_of(processor)
     assert patching is not None
-    frames = torch.from_numpy(some_clip(7, 96, 64).frames)
+    frames = torch.from_numpy(some_clip(8, 96, 64).frames)
     wanted, found = pixel_values([Pixels(frames, patching)]), torch.full((96, 1536), torch.nan)
-    cut_patches(frames, patching, found, at_once=True)
+    pixels._cut_at_once(frames, patching, found)
     assert torch.equal(found, wanted)
+    monkeypatch.setattr(pixels, "_THREADS_FROM", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(pixel_values([Pixels(frames, patching)]), wanted)
 
 
 def test_the_frames_are_not_copied_and_the_processor_is_left_alone(processor: Any) -> None:

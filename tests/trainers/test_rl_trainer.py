@@ -16,6 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from trl import GRPOTrainer
 
 import trainers.shared_prefix
+from datasets.pixels import pixel_values
 from datasets.rollouts import GroupSampler
 from rewards import register_reward
 from trainers.generation import reset_rope, vision_token_ids
@@ -92,7 +93,7 @@ def test_log_probs_and_entropies_equal_trls_own_method(
     out = rollouts(trainer)
     repeated = [prompt for prompt in trainer._prompts for _ in range(4)]
     video = {
-        "pixel_values_videos": torch.cat([prompt.pixel_values_videos for prompt in repeated]),
+        "pixel_values_videos": pixel_values([prompt.pixels for prompt in repeated]),
         "video_grid_thw": torch.cat([prompt.video_grid_thw for prompt in repeated]),
     }
     ids = torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1)

@@ -20,7 +20,7 @@ from scripts.benchmarks.data import PEERS, READERS, make_loader, read_through, s
 from scripts.benchmarks.data_ways import PeerSamples, Reader, Work, checksum, entries, make_dataset, make_work
 from scripts.benchmarks.decoding import FPS, make_clip
 from scripts.benchmarks.models import demo_processor
-from utils import clip_reader
+from utils import clip_reader, frame_cache
 from utils.common import REPO_ROOT, UserError
 from utils.config import DataConfig
 from utils.video import read_clip
@@ -67,6 +67,24 @@ def test_only_the_cache_way_reads_without_decoding(work: Work, monkeypatch: pyte
     assert len(entries(work.data)) == 1 and bench._prepare("cold", work) and entries(work.data) == []
     assert np.array_equal(reader(work), wanted)
     assert decoded == [work.path] and len(entries(work.data)) == 1
+
+
+def test_when_an_entry_is_checked(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every state but "warm", where this process has read it, and "cold", where there is nothing to check."""
+    checked, during = [], []
+    real = frame_cache._check_frames
+    monkeypatch.setattr(frame_cache, "_check_frames", lambda stored: checked.append(1) or real(stored))
+
+    def elapsed(call: Any) -> float:
+        before = len(checked)
+        call()
+        during.append(len(checked) - before)
+        return 1.0
+
+    monkeypatch.setattr(bench, "elapsed", elapsed)
+    monkeypatch.setattr(bench, "forget_pages", lambda _paths: True)
+    bench.measure_reading(work, 2)
+    assert during == [*(0, 0, 0, 0), 1, *(0, 0, 0, 1), 0] * 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -138,7 +156,7 @@ def test_the_last_line_is_json_of_its_own_numbers(clips: Path, tmp_path: Path) -
     assert {name: record[name] for name in again} == again
     assert {"cache_vs_decord", "loader_vs_qwen_vl_utils", "cold_vs_best_peer"} <= set(again)
     taken = record["seconds"]["32p 4 s"]
-    assert set(taken["warm"]) == set(READERS) and set(taken["cold"]) == {"cache"}
+    assert set(taken["warm"]) == set(READERS) and set(taken["cold"]) == set(taken["first_read"]) == {"cache"}
     assert record["frames"] == {"32p 4 s": 8} and record["sizes"] == {"32p 4 s": [128, 128]}
     assert record["rows"] == 2 and set(record["samples_per_second"]["own"]) == {"0"}
     assert table(record) in done.stdout and list(tmp_path.iterdir()) == []
