@@ -68,6 +68,7 @@ from trainers.sft_trainer import answer_loss  # noqa: E402
 from trainers.shared_prefix import enable_shared_prefix, make_prompt, pack  # noqa: E402
 from trainers.vision_attention import batch_vision_frames  # noqa: E402
 from utils.config import LoraConfig, ModelConfig, PromptConfig, RLConfig, SFTConfig, load_config  # noqa: E402
+from utils.config_trainer import check_deepspeed  # noqa: E402
 
 FAMILY: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 128, "layers": 4, "vision_hidden": 64, "vision_layers": 2},
@@ -282,7 +283,8 @@ def plan(
     """The job of a configuration on `num_gpus` GPUs with a model of `size`; neither weights nor data are needed."""
     config: Any = load_config(kind, paths, overrides)
     args = config.training.to_training_arguments("unused", None, use_cpu=True)
-    half = deepspeed is not None
+    if half := deepspeed is not None:
+        check_deepspeed(deepspeed)
     rates = LearningRates.from_training(config.training)
     model = build_on("meta", size, any_tokenizer(), config.model, config.lora, rates, half=half)
     return read_job(model, config, args, largest_clip(config.data), deepspeed=deepspeed, num_gpus=num_gpus)

@@ -370,7 +370,7 @@ class RunKeeper(ResumableTrainer):
             logs.pop("learning_rate", None)
             logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
             logs["peak_memory_gb"] = peak_memory_bytes() / 2**30
-            logs["unreadable_videos"] = len(self.faults.rows)
+            logs["unreadable_videos"] = len(set(gather_object(list(self.faults.rows))))  # of all processes
             logs |= self.read_counts()
             if not math.isfinite(logs["loss"]):
                 get_logger().warning(

@@ -19,6 +19,7 @@ from pydantic import (
     RootModel,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -205,18 +206,15 @@ class DataConfig(StrictModel):
     select: SelectConfig | None = None
     """A choice of the training rows, for GRPO; null takes all."""
 
-    @field_validator("cache_dir", mode="before")
+    @field_validator("cache_dir", "quarantine", mode="before")
     @classmethod
-    def _is_named(cls, value: Any) -> Any:
+    def _is_named(cls, value: Any, info: ValidationInfo) -> Any:
         if value == "":
-            raise ValueError("must be a folder, or null to keep no frames")
-        return value
-
-    @field_validator("quarantine", mode="before")
-    @classmethod
-    def _is_a_file(cls, value: Any) -> Any:
-        if value == "":
-            raise ValueError("must be the path of a list, or null to keep it in memory")
+            wanted = {
+                "cache_dir": "a folder, or null to keep no frames",
+                "quarantine": "the path of a list, or null to keep it in memory",
+            }
+            raise ValueError(f"must be {wanted[str(info.field_name)]}")
         return value
 
     def rules(self) -> Iterable[Broken]:

@@ -52,6 +52,12 @@ def test_a_plan_needs_neither_weights_nor_data(tmp_path: Path) -> None:
     assert out.startswith("memory:      about 6.8 GB on the GPU") and "4032 visual tokens" in out
 
 
+def test_a_plan_for_a_missing_deepspeed_file_is_one_line(tmp_path: Path) -> None:
+    config = str(REPO_ROOT / "configs/training/sft_8gb.yaml")
+    error = run(tmp_path, "plan", "--config", config, "--size", "2b", "--deepspeed", "gone.json", status=2).stderr
+    assert error.strip().splitlines()[-1].startswith("error: --deepspeed gone.json cannot be read")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
