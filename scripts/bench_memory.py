@@ -150,9 +150,12 @@ class Work:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         sample = make_sample(self.processor, cell.prompt_tokens)
         self.length, self.visual = len(sample["input_ids"]), int(sample["mm_token_type_ids"].count_nonzero())
-        # Made once: on a CPU, pixels that wait for their pass would stand in the same memory.
         self.batch = self._collate(sample) if cell.stage == "sft" else {}
         self.prompts = [make_prompt(self.model, copy.deepcopy(sample)) for _ in range(cell.batch * (not self.batch))]
+        waiting = [*self.batch.get("pixels", ()), *(prompt.pixels for prompt in self.prompts)]
+        sources = {pixels.source.data_ptr(): pixels.source.nbytes for pixels in waiting}
+        self.host_bytes = sum(sources.values()) if cell.device == "cpu" else 0
+        """Of frames that wait for their pass in the host's memory, which on a CPU is the one that is measured."""
 
     def _model(self) -> Any:
         cell = self.cell
@@ -238,7 +241,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     work = Work(cell)
     restart_peak(cell.device)  # cutting patches takes more for a moment than a small model's training does
     work.train()
-    measured = peak_bytes(cell.device) - before
+    measured = peak_bytes(cell.device) - before - work.host_bytes
     found = estimate(work.job())
     return asdict(cell) | {
         "prompt_tokens": work.length,

@@ -199,7 +199,7 @@ def head_work(text: TextShape, precision: Precision, trains: Trains, scored: int
     weight = text.vocab * text.hidden
     gradient = weight * precision.adapters * trains.head
     if fused:
-        tile = HEAD_CHUNK * (min(scored, HEAD_TILE) + text.hidden) * precision.products
+        tile = min(text.vocab, HEAD_CHUNK) * (min(scored, HEAD_TILE) + text.hidden) * precision.products
         return tile + 4 * scored * text.hidden + gradient
     cast = weight * precision.products * (trains.head and precision.autocast)
     logits = scored * text.vocab

@@ -346,6 +346,9 @@ def test_head_of_labelled_positions_alone() -> None:
     few = activations.head_work(text, mixed, Trains(head=True), 2, fused=False)
     assert few == 2 * weight + 2 * 1000 * 2 + 4 * weight  # the cast weight, bf16 logits, the fp32 gradient
     fused = activations.head_work(text, mixed, Trains(), 100_000, fused=True)
+    assert fused == 2 * 1000 * (4096 + 256) + 4 * 100_000 * 256  # no tile is wider than the vocabulary
+    wide = TextShape(256, 1024, 4, heads=8, kv_heads=2, head_dim=32, vocab=151_936)
+    fused = activations.head_work(wide, mixed, Trains(), 100_000, fused=True)
     assert fused == 2 * 32768 * (4096 + 256) + 4 * 100_000 * 256
 
 
