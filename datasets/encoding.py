@@ -1,8 +1,8 @@
 """One query and one clip -> the model's inputs. The only place that calls the processor.
 
-Frames come already sampled and sized from `utils.video`; the processor only normalises, cuts patches and writes the
-`<t seconds>` markers from the clip's metadata. The prompt and the answer are tokenised apart and joined, so the tokens
-a model is trained on are exactly those that generation starts from.
+Frames come already sampled and sized from `utils.video`; the processor writes the `<t seconds>` markers from the clip's
+metadata, and what the model reads of the frames is `datasets.pixels`'. The prompt and the answer are tokenised apart
+and joined, so the tokens a model is trained on are exactly those that generation starts from.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 VALUES = "pixel_values_videos"
 """The model's name for what it reads: float32 (patches, patch_dim), the patches of all clips one after the other."""
 
+CHANNELS = 3
+"""Of a frame: red, green, blue."""
 _THREADS_FROM = 2**21
 """Values; fewer are cut sooner than threads are started."""
 _HUGE_PAGE_BYTES = 2 * 2**20
@@ -61,12 +63,12 @@ class Patching:
         return [math.ceil(num_frames / self.temporal_patch_size), height // self.patch_size, width // self.patch_size]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pixels:
     """The pixels of one clip on their way to the model; `pixel_values` makes of them what it reads."""
 
     source: Tensor
-    """uint8 frames (T, H, W, C), or float32 patches (patches, patch_dim) where `patching` is None."""
+    """uint8 frames (T, H, W, C), or the stock processor's patches (patches, patch_dim) where `patching` is None."""
     patching: Patching | None = None
 
     @property
@@ -92,10 +94,10 @@ class Pixels:
 def pixel_values(clips: Sequence[Pixels], device: torch.device | str = "cpu") -> Tensor:
     """What the vision tower reads of `clips`, one after the other: float32 (patches, patch_dim) on `device`.
 
-    Bit for bit what the stock video processor gives for the same frames.
+    Bit for bit what the stock video processor gives for the same frames. Do not write to it: it may be the clip's own.
     """
     if len(clips) == 1 and clips[0].patching is None:
-        return clips[0].source.to(device)
+        return clips[0].source.to(device, torch.float32)
     counts = [clip.shape[0] for clip in clips]
     values = empty((sum(counts), clips[0].shape[1]), torch.device(device))
     for clip, target in zip(clips, values.split(counts), strict=True):
@@ -112,7 +114,7 @@ def with_pixel_values(inputs: Mapping[str, Any], device: torch.device | str = "c
 
 def blinded(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch of whose videos the model reads zeros, and all else as it is: times, questions and answers."""
-    return {**batch, "pixels": [Pixels(torch.zeros(clip.shape)) for clip in batch["pixels"]]}
+    return {**batch, "pixels": [Pixels(torch.zeros(clip.shape, dtype=torch.float32)) for clip in batch["pixels"]]}
 
 
 # ---------------------------------------------------------------------------------------------- the processor
@@ -122,7 +124,8 @@ def patching_of(processor: Any) -> Patching | None:
     if type(stock) is not Qwen3VLVideoProcessor or not (stock.do_rescale and stock.do_normalize):
         return None
     mean, std = stock.image_mean, stock.image_std
-    if not (isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std)):
+    by_channel = all(isinstance(level, (list, tuple)) and len(level) == CHANNELS for level in (mean, std))
+    if not by_channel or not isinstance(stock.rescale_factor, (int, float)):
         return None
     levels = _byte_levels(tuple(mean), tuple(std), stock.rescale_factor)
     sizes = stock.patch_size, stock.temporal_patch_size, stock.merge_size
@@ -211,7 +214,7 @@ def empty(shape: tuple[int, int], device: torch.device) -> Tensor:
     """
     num_bytes = 4 * math.prod(shape)
     if device.type != "cpu" or num_bytes < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
     size = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -239,7 +239,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         torch.cuda.empty_cache()
     before = bytes_in_use(cell.device)
     work = Work(cell)
-    restart_peak(cell.device)  # cutting patches takes more for a moment than a small model's training does
+    restart_peak(cell.device)  # without what building took for a moment
     work.train()
     measured = peak_bytes(cell.device) - before - work.host_bytes
     found = estimate(work.job())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -104,6 +105,35 @@ def test_rows_that_fail_on_one_process_hold_up_nobody(
 ) -> None:
     """Of every eight rows three have no video, and the clips of the rest have different lengths: in some steps one
     process has nothing to learn from."""
+    rows = write_rows_with_faults(demo_data, tmp_path)
+    more = ["data.max_bad_fraction=1", "training.max_steps=6", *options]
+    process, errors = start(stage, rows, *more)
+    assert process.wait(timeout=540) == 0, errors.read_text()[-3000:]
+    assert len(losses(tmp_path)) == 6
+    records = [record for record in read_metrics(tmp_path / "metrics/run.jsonl") if "train/unreadable_videos" in record]
+    assert records[-1]["train/unreadable_videos"] == len(left_out(errors)) >= 3
+    assert "gone.mp4" in errors.read_text()
+    assert manifest_problems(tmp_path / "run/checkpoint-final") == []
+
+
+def test_the_limit_is_of_the_faults_of_all_processes(
+    start: Callable[..., Any], demo_data: Path, tmp_path: Path
+) -> None:
+    """12 of 32 rows cannot be read, of which each process meets about six in an epoch."""
+    rows = write_rows_with_faults(demo_data, tmp_path)
+    process, errors = start("sft", rows, "data.max_bad_fraction=0.28", "training.num_train_epochs=1")
+    assert process.wait(timeout=540) != 0
+    [number] = set(re.findall(r"error: (\d+) of 32 rows could not be used", errors.read_text()))
+    assert int(number) == len(left_out(errors)) > 0.28 * 32
+
+
+def left_out(errors: Path) -> set[str]:
+    """Lines of the annotation file that were reported by any process."""
+    return set(re.findall(r"left out: \S+?:(\d+): ", errors.read_text()))
+
+
+def write_rows_with_faults(demo_data: Path, tmp_path: Path) -> Path:
+    """32 rows, of every eight three without a video."""
     lines = (demo_data / "train.jsonl").read_text().splitlines()[:32]
     rows = tmp_path / "rows.jsonl"
     with rows.open("w") as handle:
@@ -114,14 +144,7 @@ def test_rows_that_fail_on_one_process_hold_up_nobody(
             if number % 2 and row["timestamp"][1] < 0.75 * row["duration"]:
                 row |= {"video_start": 0.0, "video_end": 0.75 * row["duration"], "duration": 0.75 * row["duration"]}
             handle.write(json.dumps(row) + "\n")
-    more = ["data.max_bad_fraction=1", "training.max_steps=6", *options]
-    process, errors = start(stage, rows, *more)
-    assert process.wait(timeout=540) == 0, errors.read_text()[-3000:]
-    assert len(losses(tmp_path)) == 6
-    records = [record for record in read_metrics(tmp_path / "metrics/run.jsonl") if "train/unreadable_videos" in record]
-    assert records[-1]["train/unreadable_videos"] >= 3
-    assert "gone.mp4" in errors.read_text()
-    assert manifest_problems(tmp_path / "run/checkpoint-final") == []
+    return rows
 
 
 def test_a_process_that_is_killed_ends_the_other(start: Callable[..., Any], demo_data: Path, tmp_path: Path) -> None:

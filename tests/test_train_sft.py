@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -120,6 +121,7 @@ def test_dry_run_shows_the_plan_and_trains_nothing(
     terms = [line.split()[0] for line in table.splitlines()[2:-1]]
     assert terms[:6] == ["weights", "optimizer", "pixels", "gradients", "activations", "one"]
     assert result.out.count("--- learns: From ") == 2
+    assert re.search(r"^pixel_values_videos: \(\d+, 1536\) float32$", result.out, re.MULTILINE)
     assert "<0.2 seconds><|vision_start|><|video_pad|>*2<|vision_end|><1.2 seconds>" in result.out
     assert not (tmp_path / "run").exists()
 

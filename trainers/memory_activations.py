@@ -15,7 +15,7 @@ from trainers.memory import ModelShape, Precision, TextShape, Trains, VisionShap
 MERGE = 4
 """Patches that become one visual token (2 x 2)."""
 PIXEL_BYTES = 4
-"""Of one value of a patch: the processor gives fp32."""
+"""Of one value of a patch: `datasets.pixels.pixel_values` gives fp32."""
 HEAD_TILE, HEAD_CHUNK = 4096, 32768
 """TRL's fused head: tokens and vocabulary entries of one tile of logits (trl.kernels.chunked_logprob)."""
 

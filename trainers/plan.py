@@ -10,6 +10,7 @@ import torch
 
 from datasets.collate_fns import Batch, VideoCollator
 from datasets.encoding import IGNORE
+from datasets.pixels import VALUES
 from datasets.video_dataset import VideoTemporalDataset
 from trainers.parts import LearningRates, describe_trainable
 
@@ -77,7 +78,9 @@ def describe_batch(dataset: VideoTemporalDataset, size: int) -> str:
         f"{key}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         for key, value in batch.items()
         if isinstance(value, torch.Tensor)
-    ]  # noqa: E501
+    ]
+    num_patches, patch_dim = sum(clip.shape[0] for clip in batch["pixels"]), batch["pixels"][0].shape[1]
+    lines.append(f"{VALUES}: {(num_patches, patch_dim)} float32")
     lines += [f"unreadable: {reason}" for _, reason in batch["faults"]]
     for row in range(len(batch["input_ids"])):
         prompt, answer = decode_row(dataset.processor.tokenizer, batch, row)

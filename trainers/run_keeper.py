@@ -370,7 +370,8 @@ class RunKeeper(ResumableTrainer):
             logs.pop("learning_rate", None)
             logs |= self.learning_rates() | self.speed.read(self.accelerator.num_processes)
             logs["peak_memory_gb"] = peak_memory_bytes() / 2**30
-            logs["unreadable_videos"] = len(set(gather_object(list(self.faults.rows))))  # of all processes
+            faults = gather_object(list(self.faults.rows.items()))  # of all processes
+            logs["unreadable_videos"] = len(dict(faults))
             logs |= self.read_counts()
             if not math.isfinite(logs["loss"]):
                 get_logger().warning(
@@ -379,6 +380,8 @@ class RunKeeper(ResumableTrainer):
                     logs["loss"],
                 )
         super().log(logs, start_time)
+        if "unreadable_videos" in logs:
+            self.faults.add(faults)  # alike on every process: none waits for one that stopped
 
     def read_counts(self) -> dict[str, int]:
         """`data/decoded`, `data/cache_hits`, ...: clips of all processes since this one began, validation included.

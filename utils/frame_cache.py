@@ -334,7 +334,7 @@ _checked: set[tuple[int, int, str]] = set()
 
 
 def forget_checked() -> None:
-    """Check the frames of every entry again when it is next read, as a new process does."""
+    """Check the frames of every entry when it is next read, as if this process had not done so."""
     _checked.clear()
 
 

@@ -3,8 +3,9 @@
 Clips of noise that moves, 30 frames a second, H.264; every way reads the same frames at the same size and sums every
 byte of them (`data_ways`). The ways take turns within every repeat. Four states:
 
-    warm         the file, or the cache's entry, has been read by this process: what later epochs see
-    first_read   the entry is in memory, but new to the process, which checks its frames against their digest
+    warm         the file, or the cache's entry, has been read by this process
+    first_read   the entry is in memory, but new to the process, which checks its frames against their digest: what the
+                 workers of a later epoch see, which are new unless `training.dataloader_persistent_workers` is set
     first_touch  pages were dropped from memory before (`posix_fadvise`), so the file comes from the disk, or the entry,
                  which is checked
     cold         nothing is cached: the cache's reader decodes and keeps the clip; the others decode, as in "warm"
@@ -181,7 +182,7 @@ def make_loader(dataset: Any, queries: VideoTemporalDataset, num_workers: int) -
 
 
 def read_through(loader: DataLoader[Batch]) -> tuple[int, int]:
-    """Sum every byte of what the model takes of every batch; how many bytes there were, and rows."""
+    """Sum every byte of the tokens, labels and pixels of every batch; how many bytes there were, and rows."""
     num_bytes = num_rows = 0
     for batch in loader:
         assert not batch["faults"], batch["faults"]

@@ -78,7 +78,9 @@ def test_the_frames_are_not_copied_and_the_processor_is_left_alone(processor: An
     assert processor.video_processor is stock and stock.__dict__ == before
 
 
-@pytest.mark.parametrize("case", ["another class", "no normalising", "no rescaling", "one mean for all"])
+@pytest.mark.parametrize(
+    "case", ["another class", "no normalising", "no rescaling", "one mean for all", "a list of one"]
+)
 def test_what_is_not_known_is_left_to_the_stock_code(processor: Any, case: str) -> None:
     class Own(type(processor.video_processor)):  # type: ignore[misc]
         pass
@@ -88,6 +90,8 @@ def test_what_is_not_known_is_left_to_the_stock_code(processor: Any, case: str) 
         other.video_processor.__class__ = Own
     elif case == "one mean for all":
         other.video_processor.image_mean = other.video_processor.image_std = 0.25
+    elif case == "a list of one":
+        other.video_processor.image_mean = other.video_processor.image_std = [0.25]
     else:
         setattr(other.video_processor, {"no normalising": "do_normalize", "no rescaling": "do_rescale"}[case], False)
     assert patching_of(other) is None
@@ -95,6 +99,18 @@ def test_what_is_not_known_is_left_to_the_stock_code(processor: Any, case: str) 
     sample, wanted = encode_prompt(other, build_messages(PromptConfig(), "x"), clip), stock_inputs(other, clip)
     assert sample["pixels"].patching is None
     assert torch.equal(pixel_values([sample["pixels"]]), wanted["pixel_values_videos"].float())
+
+
+def test_what_the_model_reads_is_float32_whatever_else_is() -> None:
+    batch = {"pixels": [Pixels(torch.ones(2, 1536, dtype=torch.uint8))], "indices": [0]}
+    torch.set_default_dtype(torch.float64)
+    try:
+        blind = pixels.blinded(batch)
+        assert pixel_values(batch["pixels"]).dtype == pixel_values(blind["pixels"]).dtype == torch.float32
+        assert empty((2, 3), torch.device("cpu")).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert batch["pixels"] != blind["pixels"] and batch["pixels"] == list(batch["pixels"])  # compared as objects
 
 
 def test_frames_that_cannot_be_divided_are_refused(processor: Any) -> None:

@@ -164,6 +164,15 @@ def test_the_last_line_is_json_of_its_own_numbers(clips: Path, tmp_path: Path) -
         assert set(taken["first_touch"]) == {*PEERS, "cache"}
 
 
+def test_a_checksum_copies_nothing() -> None:
+    """Not even of channels-last memory: the copy would count as the reader's time."""
+    array = np.random.default_rng(0).random((4, 5, 6, 3), dtype=np.float32).transpose(0, 3, 1, 2)
+    assert np.shares_memory(array, array.ravel(order="K")) and not array.flags.c_contiguous
+    before = checksum(array)
+    array[1, 2, 3, 4] += 1
+    assert checksum(array) != before
+
+
 @pytest.mark.parametrize(("options", "named"), [
     (["--repeats", "0"], "--repeats"), (["--rows", "1"], "--rows"), (["--seconds", "30", "1"], "--seconds"),
     (["--fps", "0"], "--fps"),
