@@ -107,8 +107,8 @@ def pixel_values(clips: Sequence[Pixels], device: torch.device | str = "cpu") ->
 
 def with_pixel_values(inputs: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
     """A sample or a batch with `pixel_values_videos` on `device` in place of its `pixels`."""
-    rest, pixels = dict(inputs), inputs["pixels"]
-    del rest["pixels"]
+    rest = dict(inputs)
+    pixels = rest.pop("pixels")
     return rest | {VALUES: pixel_values([pixels] if isinstance(pixels, Pixels) else pixels, device)}
 
 
@@ -171,7 +171,7 @@ def cut_patches(frames: Tensor, patching: Patching, target: Tensor) -> None:
 def _cut_at_once(frames: Tensor, patching: Patching, target: Tensor) -> None:
     """As suits a GPU: all blocks in one kernel, twice over what it wrote."""
     split, order, cell = _blocks(frames.shape, patching)
-    mean, std = (torch.tensor(level, device=target.device).view(-1, 1, 1, 1) for level in (patching.mean, patching.std))
+    mean, std = (target.new_tensor(level).view(-1, 1, 1, 1) for level in (patching.mean, patching.std))
     target.view(cell).copy_(frames.reshape(split).permute(order)).sub_(mean).div_(std)
 
 

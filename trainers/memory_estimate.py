@@ -162,12 +162,12 @@ def _constant_terms(job: Job) -> list[Term]:
         Term("reference", sharding.share(parameters.reference_bytes, 3), "frozen copy for the KL term"),
         Term("optimizer", memory.optimizer_bytes(parameters, sharding, job.optimizer), job.optimizer),
         Term("exchange", memory.exchange_bytes(parameters, sharding), "buckets of gradients between GPUs"),
-        Term(
-            "features",
-            _feature_bytes(job, update.features_held),
-            f"of {update.features_held} clip(s), {job.clip.visual} visual tokens each",
-        ),
+        Term("features", _feature_bytes(job, update.features_held), _of_clips(job, update.features_held)),
     ]
+
+
+def _of_clips(job: Job, number: int) -> str:
+    return f"of {number} clip(s), {job.clip.visual} visual tokens each"
 
 
 def _pixel_bytes(job: Job) -> int:
@@ -191,7 +191,7 @@ def _update_terms(job: Job) -> list[Term]:
     what = "inputs of the layers" if checkpointing else "of all layers"
     seen = "vision" if update.features_held else "update"
     return [
-        Term("pixels", clips * _pixel_bytes(job), f"of {clips} clip(s), {job.clip.visual} visual tokens each", seen),
+        Term("pixels", clips * _pixel_bytes(job), _of_clips(job, clips), seen),
         Term("gradients", gradients, "", "update"),
         Term("activations", kept, f"{what}, {update.sequence.tokens} tokens", "kept"),
         Term("one layer", work, "computed again, with its gradients" if checkpointing else "its gradients", "layer"),

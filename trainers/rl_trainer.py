@@ -122,8 +122,6 @@ class VideoGRPOTrainer(RunKeeper, GRPOTrainer):
         check_batch_shape(args, len(self.rows))
         self.prepare(policy, self.rows, eval_dataset, args, setup)
         args.reward_weights = list(reward.weights.values())
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # every batch has prompts, so every trained parameter is used
         args.shuffle_dataset, shuffle = False, args.shuffle_dataset  # the sampler below does it
         self.shuffle = shuffle
         from datasets import Dataset as TableDataset  # TRL insists on one; the rows are put in its place below

@@ -126,6 +126,8 @@ class RunKeeper(ResumableTrainer):
         self.num_kept, args.save_total_limit = args.save_total_limit, None  # `rotate` does it; see there
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every batch has a video, so every trained parameter is used
         self.faults = FaultCounter(len(train_dataset), setup.max_bad_fraction)
         pad = policy.processor.tokenizer.pad_token_id
         self.eval_collator = VideoCollator(pad, eval_dataset.blank(), side="left") if eval_dataset is not None else None

@@ -83,8 +83,6 @@ class VideoSFTTrainer(RunKeeper):
         setup: TrainingSetup,
     ) -> None:
         self.prepare(policy, train_dataset, eval_dataset, args, setup)
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # every batch has a video, so every trained parameter is used
         self.plain_collator = VideoCollator(policy.processor.tokenizer.pad_token_id, train_dataset.blank())
         if setup.max_queries_per_video > 1:
             self._shared = SharedVideoDataset(train_dataset, setup.max_queries_per_video)

@@ -68,6 +68,11 @@ def make_prompt(model: Any, sample: dict[str, Any]) -> Prompt:
     return Prompt(ids, kinds, positions[:, 0], grid, sample["pixels"])
 
 
+def prompt_pixels(prompts: Sequence[Prompt]) -> Tensor:
+    """What the vision tower reads of `prompts`, on their device: (patches, patch_dim)."""
+    return pixel_values([prompt.pixels for prompt in prompts], prompts[0].input_ids.device)
+
+
 @torch.no_grad()
 def with_vision(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with the vision tower's output kept, for passes that follow while tower and mergers are frozen."""
@@ -76,9 +81,7 @@ def with_vision(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
         replace(
             prompt,
             vision=backbone.get_video_features(
-                pixel_values([prompt.pixels], prompt.input_ids.device).to(backbone.visual.dtype),
-                prompt.video_grid_thw,
-                return_dict=True,
+                prompt_pixels([prompt]).to(backbone.visual.dtype), prompt.video_grid_thw, return_dict=True
             ),
         )
         for prompt in prompts
@@ -99,7 +102,7 @@ def video_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The model's video arguments for prompts in this order: the kept vision output if all have one, else pixels."""
     if any(prompt.vision is None for prompt in prompts):
         return {
-            VALUES: pixel_values([prompt.pixels for prompt in prompts], prompts[0].input_ids.device),
+            VALUES: prompt_pixels(prompts),
             "video_grid_thw": torch.cat([prompt.video_grid_thw for prompt in prompts]),
         }
     outputs = [prompt.vision for prompt in prompts]

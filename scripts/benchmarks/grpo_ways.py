@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from datasets.pixels import pixel_values
 from scripts.benchmarks.models import build_model, demo_processor, make_sample, make_trainable
 from trainers.generation import reset_rope, vision_token_ids
 from trainers.shared_prefix import (
@@ -25,6 +24,7 @@ from trainers.shared_prefix import (
     enable_shared_prefix,
     make_prompt,
     pack,
+    prompt_pixels,
     rows,
     sample_rows,
     sample_shared,
@@ -187,7 +187,7 @@ def as_images(model: Any, prompts: Sequence[Prompt], num: int) -> dict[str, Any]
     return {
         "input_ids": ids.masked_fill(ids == config.video_token_id, config.image_token_id),
         "mm_token_type_ids": torch.stack([prompt.mm_token_type_ids for prompt in repeated]).clamp(max=1),
-        "pixel_values": pixel_values([prompt.pixels for prompt in repeated], repeated[0].input_ids.device),
+        "pixel_values": prompt_pixels(repeated),
         "image_grid_thw": torch.cat(images),
         "num_images": [len(image) for image in images],
     }
